@@ -1,7 +1,7 @@
 """The table of merge methods: for each, its parameters, what it measures, and the sweep that computes it.
 
-A method is a row. It knows numbers and names, never a tensor or a backend; what it needs to know of the tensors (a threshold, the
-Gram matrix) is measured by the engine and handed to `Method.sweep`.
+A method is a row. It knows numbers and names, never a tensor or a backend; what it needs to know of the tensors (a
+threshold, the Gram matrix) is measured by the engine and handed to `Method.sweep`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Method:
 
 
 def ranks(settings: Settings, count: int) -> tuple[int, ...]:
-    """How many of `count` elements each model keeps: max(1, int(density * count)), 0 for density 0, all for density 1."""
+    """How many of `count` elements each model keeps: max(1, int(density * count)), none at density 0."""
     return tuple(_rank(_number(model, "density"), count) for model in settings.models)
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary of a merge: what one sweep over a tensor reads, computes and writes. Plain data; imports nothing of ours.
+"""The vocabulary of a merge: what one sweep over a tensor reads, computes and writes, as plain data.
 
 A sweep computes, for each element, in float32 and in the order of the models:
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-#: Bytes per element of the dtypes that every provider sweeps, by their safetensors name. "U8" is bytes that are only copied.
+#: Bytes per element of the dtypes that every provider sweeps, by their safetensors name; "U8" is bytes, only copied.
 SWEPT = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 #: One past any flat index: every magnitude equal to the threshold is kept.
 EVERY = 2**63 - 1
@@ -96,7 +96,7 @@ class Sweep:
 
 
 class View(NamedTuple):
-    """A tensor's bytes: the address of its first element, and its dtype. Whoever made the view keeps the memory alive."""
+    """A tensor's bytes: the address of its first element, and its dtype. Its maker keeps the memory alive."""
 
     address: int
     dtype: str
@@ -126,7 +126,7 @@ class Cut(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a sweep noticed: non-finite elements per input (base last), the first of each (-1: none), overflow per output."""
+    """What a sweep noticed: NaN and Inf per input (base last), the first of each (-1: none), overflow per output."""
 
     nonfinite: tuple[int, ...]
     first: tuple[int, ...]
