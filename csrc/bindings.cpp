@@ -1,0 +1,208 @@
+// The Python face of the CPU core: flat record arrays of addresses in, flat arrays of numbers out, the GIL released between.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <system_error>
+
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+using namespace fastmerge;
+
+namespace {
+
+// A tensor as Python lays it out; its views, parts, sweeps and targets follow one another in the other arrays.
+struct Row {
+  int64_t elements;
+  int32_t models;
+  int32_t inputs;
+  int32_t settings;
+  int32_t group;
+};
+
+template <class T>
+using Records = py::array_t<T, py::array::c_style>;
+
+template <class T>
+const T* at(const Records<T>& records, size_t index) {
+  return records.data() + index;
+}
+
+std::vector<Tensor> tensors_of(const Records<Row>& rows, const Records<View>& views) {
+  std::vector<Tensor> tensors;
+  size_t view = 0;
+  for (py::ssize_t i = 0; i < rows.size(); ++i) {
+    const Row& row = *at(rows, static_cast<size_t>(i));
+    tensors.push_back({at(views, view), row.elements, row.models, row.inputs});
+    view += static_cast<size_t>(row.inputs);
+  }
+  if (view != static_cast<size_t>(views.size())) throw std::invalid_argument("views do not match the tensors");
+  return tensors;
+}
+
+Crew crew_of(const std::string& isa, int threads, int64_t tile, const py::object& tick) {
+  const Kernels* chosen = nullptr;
+  for (int i = 0; i < KERNELS_COUNT; ++i) {
+    if (isa == KERNELS[i]->name && !why_not(*KERNELS[i])) chosen = KERNELS[i];
+  }
+  if (!chosen) throw std::invalid_argument("no kernels for " + isa + " here");
+  // The caller's thread comes up for air: signals are answered, progress is told; either may raise.
+  const auto watch = [&tick](int64_t bytes) {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!tick.is_none()) tick(bytes);
+  };
+  return {chosen, threads, tile, watch};
+}
+
+py::dict instruction_sets() {
+  py::dict sets;
+  for (int i = 0; i < KERNELS_COUNT; ++i) {
+    const char* reason = why_not(*KERNELS[i]);
+    sets[KERNELS[i]->name] = reason ? py::object(py::str(reason)) : py::none();
+  }
+  return sets;
+}
+
+py::tuple py_merge(const Records<Row>& rows, const Records<View>& views, const Records<Sweep>& sweeps,
+                   const Records<Part>& parts, const Records<Target>& targets, const std::string& isa, int threads,
+                   int64_t tile, const py::object& tick) {
+  const std::vector<Tensor> tensors = tensors_of(rows, views);
+  py::array_t<int64_t> nonfinite(views.size()), first(views.size()), overflow(targets.size());
+  std::fill_n(nonfinite.mutable_data(), views.size(), 0);
+  std::fill_n(first.mutable_data(), views.size(), -1);
+  std::fill_n(overflow.mutable_data(), targets.size(), 0);
+  std::vector<Merge> merges;
+  size_t view = 0, setting = 0, part = 0;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const auto settings = static_cast<size_t>(at(rows, t)->settings);
+    merges.push_back({tensors[t], static_cast<int>(settings), at(sweeps, setting), at(parts, part), at(targets, setting),
+                      nonfinite.mutable_data() + view, first.mutable_data() + view, overflow.mutable_data() + setting});
+    view += static_cast<size_t>(tensors[t].inputs);
+    setting += settings;
+    part += settings * static_cast<size_t>(tensors[t].models);
+  }
+  if (setting != static_cast<size_t>(targets.size()) || part != static_cast<size_t>(parts.size())) {
+    throw std::invalid_argument("sweeps, parts and targets do not match the tensors");
+  }
+  const Crew crew = crew_of(isa, threads, tile, tick);
+  {
+    const py::gil_scoped_release release;
+    merge(merges, crew);
+  }
+  return py::make_tuple(nonfinite, first, overflow);
+}
+
+py::array_t<double> py_gram(const Records<Row>& rows, const Records<View>& views, const std::string& isa, int threads,
+                            const py::object& tick) {
+  const std::vector<Tensor> tensors = tensors_of(rows, views);
+  py::ssize_t total = 0;
+  for (const Tensor& tensor : tensors) total += static_cast<py::ssize_t>(tensor.models) * tensor.models;
+  py::array_t<double> products(total);
+  std::fill_n(products.mutable_data(), total, 0.0);
+  std::vector<double*> starts;
+  double* start = products.mutable_data();
+  for (const Tensor& tensor : tensors) {
+    starts.push_back(start);
+    start += static_cast<py::ssize_t>(tensor.models) * tensor.models;
+  }
+  const Crew crew = crew_of(isa, threads, 0, tick);
+  const py::gil_scoped_release release;
+  gram(tensors, starts, crew);
+  return products;
+}
+
+py::array_t<double> py_norms(const Records<Row>& rows, const Records<View>& views, const Records<Sweep>& sweeps,
+                             const Records<Part>& parts, const std::string& isa, int threads, const py::object& tick) {
+  const std::vector<Tensor> tensors = tensors_of(rows, views);
+  py::array_t<double> sums(parts.size() * 6);
+  std::fill_n(sums.mutable_data(), sums.size(), 0.0);
+  std::vector<const Sweep*> settings;
+  std::vector<const Part*> firsts;
+  std::vector<double*> starts;
+  size_t part = 0;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    settings.push_back(at(sweeps, t));
+    firsts.push_back(at(parts, part));
+    starts.push_back(sums.mutable_data() + part * 6);
+    part += static_cast<size_t>(tensors[t].models);
+  }
+  const Crew crew = crew_of(isa, threads, 0, tick);
+  const py::gil_scoped_release release;
+  norms(tensors, settings, firsts, starts, crew);
+  return sums;
+}
+
+// Rows of one group follow one another; ranks are groups x models, flat.
+py::tuple py_threshold(const Records<Row>& rows, const Records<View>& views, const Records<int64_t>& ranks,
+                       const std::string& isa, int threads, const py::object& tick) {
+  const std::vector<Tensor> tensors = tensors_of(rows, views);
+  std::vector<Group> groups;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    if (t == 0 || at(rows, t)->group != at(rows, t - 1)->group) groups.emplace_back();
+    groups.back().push_back(tensors[t]);
+  }
+  std::vector<Cut> cuts(static_cast<size_t>(ranks.size()));
+  std::vector<const int64_t*> wanted;
+  std::vector<Cut*> starts;
+  size_t model = 0;
+  for (const Group& group : groups) {
+    wanted.push_back(at(ranks, model));
+    starts.push_back(cuts.data() + model);
+    model += static_cast<size_t>(group.front().models);
+  }
+  if (model != cuts.size()) throw std::invalid_argument("ranks do not match the groups");
+  const Crew crew = crew_of(isa, threads, 0, tick);
+  {
+    const py::gil_scoped_release release;
+    threshold(groups, wanted, starts, crew);
+  }
+  py::array_t<float> magnitudes(static_cast<py::ssize_t>(cuts.size()));
+  py::array_t<int64_t> ends(static_cast<py::ssize_t>(cuts.size()));
+  for (size_t i = 0; i < cuts.size(); ++i) {
+    magnitudes.mutable_data()[i] = cuts[i].magnitude;
+    ends.mutable_data()[i] = cuts[i].ties_end;
+  }
+  return py::make_tuple(magnitudes, ends);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The compiled CPU kernels: addresses, dtypes and counts in, numbers out. Called by fastmerge.native alone.";
+  PYBIND11_NUMPY_DTYPE(Row, elements, models, inputs, settings, group);
+  PYBIND11_NUMPY_DTYPE(View, address, dtype);
+  PYBIND11_NUMPY_DTYPE(Sweep, keep, elect, tie_vote, mean, divisor, lambda, padding);
+  PYBIND11_NUMPY_DTYPE(Part, weight, rescale, magnitude, mass, ties_end, cut, key);
+  PYBIND11_NUMPY_DTYPE(Target, offset, file, dtype);
+
+  module.attr("__version__") = FASTMERGE_VERSION;
+  module.attr("ROW") = py::dtype::of<Row>();
+  module.attr("VIEW") = py::dtype::of<View>();
+  module.attr("SWEEP") = py::dtype::of<Sweep>();
+  module.attr("PART") = py::dtype::of<Part>();
+  module.attr("TARGET") = py::dtype::of<Target>();
+
+  static py::exception<InputCut> input_cut(module, "InputCut");
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const InputCut& error) {
+      py::set_error(input_cut, error.what());
+    } catch (const std::system_error& error) {
+      errno = error.code().value();
+      PyErr_SetFromErrno(PyExc_OSError);
+    }
+  });
+
+  module.def("instruction_sets", &instruction_sets, "Instruction sets of this build, best first; None or why not here.");
+  module.def("merge", &py_merge);
+  module.def("gram", &py_gram);
+  module.def("norms", &py_norms);
+  module.def("threshold", &py_threshold);
+}

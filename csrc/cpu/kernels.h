@@ -1,0 +1,76 @@
+// What one instruction set offers: the loops over a chunk of one tensor. Kernels own no threads and no memory.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../sweep.h"
+
+namespace fastmerge {
+
+// Elements per chunk: small enough that its inputs, widened to float32, stay in the first cache. Chunks start at
+// multiples of CHUNK in their tensor, whatever the tile, so that the random counters and the order of sums never change.
+constexpr int CHUNK = 2048;
+// Lanes of a sum: each float64 sum runs over 16 interleaved lanes on every instruction set, so that its bits are the same.
+constexpr int SUM_LANES = 16;
+constexpr int BINS = 2048;
+
+// A worker's memory for tensors of at most so many inputs, laid out in one block.
+struct Scratch {
+  const char** inputs;    // one pointer per input
+  float* wide;            // inputs x CHUNK
+  float* out;             // CHUNK
+  uint32_t* thresholds;   // inputs x SUM_LANES
+  uint8_t* kept;          // inputs x CHUNK / 8
+
+  static size_t bytes(int inputs) {
+    return static_cast<size_t>(inputs) * (sizeof(char*) + CHUNK * sizeof(float) + SUM_LANES * 4 + CHUNK / 8) +
+           CHUNK * sizeof(float) + 5 * 64;
+  }
+  Scratch(char* block, int inputs) {
+    const auto take = [&block](size_t bytes) {
+      char* start = block;
+      block += (bytes + 63) / 64 * 64;
+      return start;
+    };
+    const size_t n = static_cast<size_t>(inputs);
+    wide = reinterpret_cast<float*>(take(n * CHUNK * sizeof(float)));
+    out = reinterpret_cast<float*>(take(CHUNK * sizeof(float)));
+    thresholds = reinterpret_cast<uint32_t*>(take(n * SUM_LANES * 4));
+    kept = reinterpret_cast<uint8_t*>(take(n * CHUNK / 8));
+    this->inputs = reinterpret_cast<const char**>(take(n * sizeof(char*)));
+  }
+};
+
+// Where the k-th largest magnitude of one model may lie, as bits: [low, high]; and what was counted there.
+struct Census {
+  uint32_t low;
+  uint32_t high;
+  int shift;  // a bin holds 2^shift magnitudes
+  int64_t above;
+  int64_t bins[BINS];
+};
+
+struct Kernels {
+  const char* name;
+
+  // One sweep over `count` elements from `begin` (a multiple of CHUNK) into out[count], padded to 16. Returns the largest
+  // magnitude, as bits, among the outputs and those deltas that might not reach them: below 0x7f800000 where all is finite.
+  uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, float* out, Scratch&);
+  void (*narrow)(const float* from, int count, DType dtype, char* to);
+
+  // Deltas (weights without a base) as float32 into scratch.wide[model][count], padded with zeros to 16. A NaN becomes 0
+  // there, and so does Inf unless `infinite_too`: one bad element must not decide about the others.
+  void (*deltas)(const Tensor&, int64_t begin, int count, bool infinite_too, Scratch&);
+  // The measures below read what `deltas` left.
+  void (*gram)(int models, int count, const Scratch&, double* sums);  // adds to models x models, upper triangle
+  void (*norms)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, Scratch&, double* sums);
+  void (*census)(const float* deltas, int count, Census&);
+  int64_t (*equals)(const float* deltas, int count, uint32_t bits);
+};
+
+// The instruction sets of this build, best first, and why one cannot run here (nullptr: it can).
+extern const Kernels* const KERNELS[];
+extern const int KERNELS_COUNT;
+const char* why_not(const Kernels& kernels);
+
+}  // namespace fastmerge

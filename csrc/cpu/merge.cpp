@@ -1,0 +1,130 @@
+// The op `merge`: tiles of tensors through the sweep into a hot buffer, and from there to memory or to their place in a file.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+#include <system_error>
+
+#include "ops.h"
+
+namespace fastmerge {
+namespace {
+
+// Elements per tile, over all settings: half a megabyte of bf16 output, which stays in the second cache until it is written.
+constexpr int64_t TILE = 128 * CHUNK;
+
+struct Tile {
+  const Merge* merge;
+  int64_t begin, end;
+};
+
+void write_all(const Target& target, int64_t at_byte, const char* from, int64_t bytes) {
+  if (target.file < 0) {
+    memcpy(reinterpret_cast<char*>(target.offset + at_byte), from, static_cast<size_t>(bytes));
+    return;
+  }
+  for (int64_t written = 0; written < bytes;) {
+    const ssize_t now =
+        pwrite(target.file, from + written, static_cast<size_t>(bytes - written), target.offset + at_byte + written);
+    if (now < 0 && errno == EINTR) continue;
+    if (now < 0 && errno == EFAULT) throw InputCut();  // bytes copied straight from a mapped input
+    if (now <= 0) throw std::system_error(now < 0 ? errno : ENOSPC, std::generic_category());
+    written += now;
+  }
+}
+
+float element(const View& view, int64_t at) {
+  const char* from = bytes_of(view, at);
+  if (dtype_of(view) == DType::F32) {
+    float value;
+    memcpy(&value, from, sizeof value);
+    return value;
+  }
+  uint16_t half;
+  memcpy(&half, from, sizeof half);
+  return dtype_of(view) == DType::F16 ? from_f16(half) : from_bf16(half);
+}
+
+bool finite(float value) { return (to_bits(value) & 0x7f800000) != 0x7f800000; }
+
+// The smallest magnitude that rounds to Inf.
+uint32_t overflow_bits(DType dtype) {
+  return dtype == DType::F16 ? to_bits(65520.0f) : dtype == DType::BF16 ? 0x7f7f8000 : 0x7f800000;
+}
+
+// What is rare is looked for again, slowly, in the one chunk where the sweep saw that something is there.
+void look(const Merge& merge, int setting, bool inputs_too, int64_t begin, int count, const float* out) {
+  static std::mutex mutex;  // never held while an input is read: a cut file would leave it locked
+  for (int input = 0; inputs_too && input < merge.tensor.inputs; ++input) {
+    int64_t nonfinite = 0, first = -1;
+    for (int64_t at = begin; at < begin + count; ++at) {
+      if (finite(element(merge.tensor.views[input], at))) continue;
+      if (nonfinite++ == 0) first = at;
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    merge.nonfinite[input] += nonfinite;
+    if (nonfinite && (merge.first[input] < 0 || first < merge.first[input])) merge.first[input] = first;
+  }
+  const uint32_t limit = overflow_bits(static_cast<DType>(merge.targets[setting].dtype));
+  int64_t overflow = 0;
+  for (int at = 0; at < count; ++at) {
+    const uint32_t magnitude = to_bits(out[at]) & 0x7fffffff;
+    overflow += magnitude >= limit && magnitude < 0x7f800000;
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  merge.overflow[setting] += overflow;
+}
+
+int64_t sweep_tile(const Tile& tile, const Kernels& kernels, char* block) {
+  const Merge& merge = *tile.merge;
+  const Tensor& tensor = merge.tensor;
+  if (dtype_of(tensor.views[0]) == DType::U8) {
+    write_all(merge.targets[0], tile.begin, bytes_of(tensor.views[0], tile.begin), tile.end - tile.begin);
+    return tile.end - tile.begin;
+  }
+  Scratch scratch(block, tensor.inputs);
+  char* hot = block + Scratch::bytes(tensor.inputs);
+  const int64_t stride = (tile.end - tile.begin) * 4;
+  for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
+    const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
+    bool looked = false;
+    for (int setting = 0; setting < merge.settings; ++setting) {
+      const auto dtype = static_cast<DType>(merge.targets[setting].dtype);
+      const uint32_t worst = kernels.merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at,
+                                           count, scratch.out, scratch);
+      kernels.narrow(scratch.out, count, dtype, hot + setting * stride + (at - tile.begin) * size_of(dtype));
+      if (worst >= overflow_bits(dtype)) {
+        look(merge, setting, !looked, at, count, scratch.out);
+        looked = true;
+      }
+    }
+  }
+  for (int setting = 0; setting < merge.settings; ++setting) {
+    const Target& target = merge.targets[setting];
+    const int64_t size = size_of(static_cast<DType>(target.dtype));
+    write_all(target, tile.begin * size, hot + setting * stride, (tile.end - tile.begin) * size);
+  }
+  return bytes_read(tensor, tile.end - tile.begin);
+}
+
+}  // namespace
+
+void merge(const std::vector<Merge>& merges, const Crew& crew) {
+  std::vector<Tile> tiles;
+  size_t scratch_bytes = 0;
+  for (const Merge& merge : merges) {
+    const int64_t wanted = crew.tile > 0 ? crew.tile : TILE / merge.settings;
+    const int64_t length = std::max<int64_t>((wanted + CHUNK - 1) / CHUNK, 1) * CHUNK;
+    for (int64_t begin = 0; begin < merge.tensor.elements; begin += length) {
+      tiles.push_back({&merge, begin, std::min(begin + length, merge.tensor.elements)});
+    }
+    const int64_t hot = std::min(length, merge.tensor.elements) * 4 * merge.settings + 64;
+    scratch_bytes = std::max(scratch_bytes, Scratch::bytes(merge.tensor.inputs) + static_cast<size_t>(hot));
+  }
+  parallel(static_cast<int64_t>(tiles.size()), crew.threads, scratch_bytes, crew.tick,
+           [&](int64_t item, char* block) { return sweep_tile(tiles[static_cast<size_t>(item)], *crew.kernels, block); });
+}
+
+}  // namespace fastmerge

@@ -1,0 +1,52 @@
+// The four ops over whole tensors, on the kernels of one instruction set: tiles, threads, and the order of sums.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fastmerge {
+
+struct Crew {
+  const Kernels* kernels;
+  int threads;
+  int64_t tile;  // elements; 0: chosen here
+  Tick tick;
+};
+
+// One tensor of a merge: K sweeps, K x models parts, K targets; and what is found, inputs and K long.
+struct Merge {
+  Tensor tensor;
+  int settings;
+  const Sweep* sweeps;
+  const Part* parts;
+  const Target* targets;
+  int64_t* nonfinite;
+  int64_t* first;
+  int64_t* overflow;
+};
+
+// Throws std::system_error when a target cannot be written.
+void merge(const std::vector<Merge>& merges, const Crew& crew);
+
+// products[t]: models x models.
+void gram(const std::vector<Tensor>& tensors, const std::vector<double*>& products, const Crew& crew);
+
+// sums[t]: models x {before, after} x {L1, L2, Linf}. sweeps[t] with parts[t] say what is kept.
+void norms(const std::vector<Tensor>& tensors, const std::vector<const Sweep*>& sweeps,
+           const std::vector<const Part*>& parts, const std::vector<double*>& sums, const Crew& crew);
+
+struct Cut {
+  float magnitude;
+  int64_t ties_end;
+};
+
+// Tensors taken as one concatenated vector, all of the same number of models.
+using Group = std::vector<Tensor>;
+
+// cuts[g][m]: keeps exactly ranks[g][m] elements of model m of group g.
+void threshold(const std::vector<Group>& groups, const std::vector<const int64_t*>& ranks,
+               const std::vector<Cut*>& cuts, const Crew& crew);
+
+}  // namespace fastmerge

@@ -1,0 +1,127 @@
+#include "parallel.h"
+
+#include <signal.h>
+#include <setjmp.h>
+
+#include <atomic>
+#include <cfenv>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace fastmerge {
+namespace {
+
+// Reading a mapped page past the end of a cut file raises SIGBUS in the reading thread. A worker leaves its item by a jump:
+// kernels own nothing, so nothing is left behind. Anyone else's SIGBUS goes where it went before.
+thread_local sigjmp_buf* guarded = nullptr;
+struct sigaction other_bus_action;
+
+void on_bus(int signal, siginfo_t* info, void* context) {
+  if (guarded) siglongjmp(*guarded, 1);
+  if (other_bus_action.sa_flags & SA_SIGINFO) return other_bus_action.sa_sigaction(signal, info, context);
+  if (other_bus_action.sa_handler != SIG_DFL && other_bus_action.sa_handler != SIG_IGN) {
+    return other_bus_action.sa_handler(signal);
+  }
+  sigaction(SIGBUS, &other_bus_action, nullptr);  // the fault repeats, now with its default action
+}
+
+void guard_against_cut_files() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    struct sigaction action = {};
+    action.sa_sigaction = on_bus;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    sigaction(SIGBUS, &action, &other_bus_action);
+  });
+}
+
+int64_t guarded_work(const Work& work, int64_t item, char* scratch) {
+  sigjmp_buf start;
+  if (sigsetjmp(start, 0)) {
+    guarded = nullptr;
+    throw InputCut();
+  }
+  guarded = &start;
+  try {
+    const int64_t bytes = work(item, scratch);
+    guarded = nullptr;
+    return bytes;
+  } catch (...) {
+    guarded = nullptr;
+    throw;
+  }
+}
+
+struct Block {
+  explicit Block(size_t bytes) : start(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64))) {
+    if (!start) throw std::bad_alloc();
+  }
+  ~Block() { std::free(start); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  char* start;
+};
+
+}  // namespace
+
+void parallel(int64_t items, int threads, size_t scratch_bytes, const Tick& tick, const Work& work) {
+  if (items <= 0) return;
+  guard_against_cut_files();
+  const int crew_size = static_cast<int>(threads < items ? (threads > 1 ? threads : 1) : items);
+
+  std::atomic<int64_t> next{0}, bytes{0};
+  std::atomic<bool> stop{false};
+  std::mutex mutex;
+  std::condition_variable done;
+  std::exception_ptr error;
+  int working = crew_size;
+
+  const auto labour = [&] {
+    try {
+      std::fesetenv(FE_DFL_ENV);  // another library may have told its threads to flush denormals
+      const Block scratch(scratch_bytes);
+      for (int64_t item; !stop && (item = next++) < items;) bytes += guarded_work(work, item, scratch.start);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+      stop = true;
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (--working == 0) done.notify_all();
+  };
+
+  std::vector<std::thread> crew;
+  {
+    std::unique_lock<std::mutex> lock(mutex);
+    try {
+      while (static_cast<int>(crew.size()) < crew_size) crew.emplace_back(labour);
+    } catch (...) {  // the machine gives no more threads: those there are do the work
+      working -= crew_size - static_cast<int>(crew.size());
+      if (crew.empty()) throw;
+    }
+    while (!done.wait_for(lock, std::chrono::milliseconds(50), [&] { return working == 0; })) {
+      lock.unlock();
+      std::exception_ptr thrown;
+      try {
+        tick(bytes.exchange(0));
+      } catch (...) {
+        thrown = std::current_exception();
+        stop = true;
+      }
+      lock.lock();
+      if (thrown && !error) error = thrown;
+    }
+  }
+  for (std::thread& worker : crew) worker.join();
+  if (error) std::rethrow_exception(error);
+  tick(bytes.exchange(0));
+}
+
+}  // namespace fastmerge

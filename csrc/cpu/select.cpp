@@ -1,0 +1,302 @@
+// The op `threshold`: the exact k-th largest magnitude of each model's delta, and where equals to it stop being kept.
+//
+// A sample brackets the magnitude; a census counts what lies above the bracket and, in bins, inside it; the bin that holds
+// the k-th is the next bracket, until a bin is one magnitude wide (two censuses as a rule, whatever the size). A bracket
+// that missed says on which side. Where only some of the equals are kept, one more read counts them tile by tile.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <mutex>
+
+#include "ops.h"
+
+namespace fastmerge {
+namespace {
+
+constexpr int64_t TILE = 64 * CHUNK;
+constexpr int RUNS = 2048, RUN = 16, SAMPLES = RUNS * RUN;  // a run of neighbours costs one cache line per input
+constexpr int64_t ALONE = 32 * TILE;                        // groups up to this size are one worker's work
+constexpr uint32_t INFINITE = 0x7f800000;
+
+struct Search {
+  int64_t rank;
+  bool found;
+  uint32_t magnitude;
+  int64_t wanted;  // how many of the `equal` elements at the magnitude are kept
+  int64_t equal;
+  Census census;
+};
+
+struct Tile {
+  const Tensor* tensor;
+  int64_t begin, end;
+  int64_t start;  // of `begin` in the group's concatenated vector
+};
+
+int64_t elements_of(const Group& group) {
+  int64_t elements = 0;
+  for (const Tensor& tensor : group) elements += tensor.elements;
+  return elements;
+}
+
+// A group's tiles by number, without a list.
+int64_t tiles_of(const Group& group) {
+  int64_t tiles = 0;
+  for (const Tensor& tensor : group) tiles += (tensor.elements + TILE - 1) / TILE;
+  return tiles;
+}
+
+Tile tile_at(const Group& group, int64_t number) {
+  int64_t start = 0;
+  for (const Tensor& tensor : group) {
+    const int64_t tiles = (tensor.elements + TILE - 1) / TILE;
+    if (number < tiles) {
+      const int64_t begin = number * TILE;
+      return {&tensor, begin, std::min(begin + TILE, tensor.elements), start + begin};
+    }
+    number -= tiles;
+    start += tensor.elements;
+  }
+  return {};
+}
+
+// Memory for one group's selection, in one block: searches, samples, and equals per tile and model.
+struct Desk {
+  Search* searches;
+  uint32_t* samples;
+  int64_t* equals;
+
+  static size_t bytes(int models, int64_t tiles) {
+    return static_cast<size_t>(models) * (sizeof(Search) + SAMPLES * 4 + static_cast<size_t>(tiles) * 8);
+  }
+  Desk(char* block, int models, int64_t tiles)
+      : searches(reinterpret_cast<Search*>(block)),
+        samples(reinterpret_cast<uint32_t*>(searches + models)),
+        equals(reinterpret_cast<int64_t*>(samples + static_cast<int64_t>(models) * SAMPLES)) {
+    std::fill(equals, equals + tiles * models, 0);
+  }
+};
+
+size_t worker_bytes(const Tensor& tensor) {
+  return (Scratch::bytes(tensor.inputs) + 63) / 64 * 64 + static_cast<size_t>(tensor.models) * sizeof(Census);
+}
+
+Census* censuses_at(char* block, const Tensor& tensor) {
+  return reinterpret_cast<Census*>(block + (Scratch::bytes(tensor.inputs) + 63) / 64 * 64);
+}
+
+uint32_t magnitude_of(float delta) { return to_bits(delta) & 0x7fffffff; }
+
+void search_in(Census& census, uint32_t low, uint32_t high) {
+  census = {};
+  census.low = low;
+  census.high = high;
+  while ((high - low) >> census.shift >= BINS) ++census.shift;
+}
+
+// The bracket that the k-th of the sample suggests: eight standard deviations of its rank to either side.
+void bracket(Search& search, uint32_t* samples, int64_t count, int64_t elements) {
+  const double share = static_cast<double>(search.rank) / static_cast<double>(elements);
+  const double middle = share * static_cast<double>(count);
+  const double margin = 8 * std::sqrt(middle * (1 - share)) + 8;
+  const auto at_rank = [&](double rank, uint32_t beyond) {
+    if (rank < 0 || rank >= static_cast<double>(count)) return beyond;
+    std::nth_element(samples, samples + static_cast<int64_t>(rank), samples + count, std::greater<uint32_t>());
+    return samples[static_cast<int64_t>(rank)];
+  };
+  const uint32_t high = at_rank(middle - margin, INFINITE);
+  search_in(search.census, std::min(at_rank(middle + margin, 0), high), high);
+}
+
+void sample(const Group& group, const Kernels& kernels, Desk& desk, char* block, int64_t elements) {
+  const Tensor& like = group.front();
+  Scratch scratch(block, like.inputs);
+  const int64_t stride = std::max<int64_t>(RUN, elements / RUNS);
+  int64_t taken = 0, number = 0, start = 0;
+  for (const Tensor& tensor : group) {
+    for (; number < RUNS; ++number) {
+      const int64_t at = number * stride - start;
+      if (at >= tensor.elements) break;
+      const int count = static_cast<int>(std::min<int64_t>(RUN, tensor.elements - at));
+      kernels.deltas(tensor, at, count, true, scratch);
+      for (int model = 0; model < like.models; ++model) {
+        for (int i = 0; i < count; ++i) desk.samples[model * SAMPLES + taken + i] = magnitude_of(scratch.wide[model * CHUNK + i]);
+      }
+      taken += count;
+    }
+    start += tensor.elements;
+  }
+  for (int model = 0; model < like.models; ++model) {
+    bracket(desk.searches[model], desk.samples + model * SAMPLES, taken, elements);
+  }
+}
+
+// What a finished census says: the magnitude, or a narrower bracket.
+void conclude(Search& search) {
+  const Census census = search.census;
+  if (census.above >= search.rank) return search_in(search.census, census.high + 1, INFINITE);
+  int64_t above = census.above;
+  for (int bin = BINS - 1; bin >= 0; --bin) {
+    if (above + census.bins[bin] < search.rank) {
+      above += census.bins[bin];
+      continue;
+    }
+    const uint32_t low = census.low + (static_cast<uint32_t>(bin) << census.shift);
+    if (census.shift > 0) {
+      return search_in(search.census, low, std::min(census.high, low + (1u << census.shift) - 1));
+    }
+    search.found = true;
+    search.magnitude = low;
+    search.wanted = search.rank - above;
+    search.equal = census.bins[bin];
+    return;
+  }
+  search_in(search.census, 0, census.low - 1);
+}
+
+void count_tile(const Tile& tile, const Kernels& kernels, Desk& desk, char* block) {
+  static std::mutex mutex;  // never held while an input is read
+  const Tensor& tensor = *tile.tensor;
+  Scratch scratch(block, tensor.inputs);
+  Census* censuses = censuses_at(block, tensor);
+  for (int model = 0; model < tensor.models; ++model) {
+    const Census& shared = desk.searches[model].census;
+    censuses[model] = {shared.low, shared.high, shared.shift, 0, {}};
+  }
+  for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
+    const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
+    kernels.deltas(tensor, at, count, true, scratch);
+    for (int model = 0; model < tensor.models; ++model) {
+      if (!desk.searches[model].found) kernels.census(scratch.wide + model * CHUNK, count, censuses[model]);
+    }
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (int model = 0; model < tensor.models; ++model) {
+    if (desk.searches[model].found) continue;
+    Census& shared = desk.searches[model].census;
+    shared.above += censuses[model].above;
+    for (int bin = 0; bin < BINS; ++bin) shared.bins[bin] += censuses[model].bins[bin];
+  }
+}
+
+bool some_equals_go(const Search& search) { return search.wanted < search.equal; }
+
+void count_equals(const Tile& tile, int64_t number, const Kernels& kernels, Desk& desk, char* block) {
+  const Tensor& tensor = *tile.tensor;
+  Scratch scratch(block, tensor.inputs);
+  for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
+    const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
+    kernels.deltas(tensor, at, count, true, scratch);
+    for (int model = 0; model < tensor.models; ++model) {
+      const Search& search = desk.searches[model];
+      if (!some_equals_go(search)) continue;
+      desk.equals[number * tensor.models + model] += kernels.equals(scratch.wide + model * CHUNK, count, search.magnitude);
+    }
+  }
+}
+
+// One past the element that is the last of its equals to be kept.
+int64_t ties_end(const Group& group, int model, const Kernels& kernels, const Desk& desk, char* block) {
+  const Search& search = desk.searches[model];
+  int64_t number = 0, left = search.wanted;
+  for (int models = group.front().models; left > desk.equals[number * models + model]; ++number) {
+    left -= desk.equals[number * models + model];
+  }
+  const Tile tile = tile_at(group, number);
+  Scratch scratch(block, tile.tensor->inputs);
+  for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
+    const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
+    kernels.deltas(*tile.tensor, at, count, true, scratch);
+    for (int i = 0; i < count; ++i) {
+      if (magnitude_of(scratch.wide[model * CHUNK + i]) == search.magnitude && --left == 0) {
+        return tile.start + (at - tile.begin) + i + 1;
+      }
+    }
+  }
+  return tile.start + (tile.end - tile.begin);
+}
+
+// `over(items, do)` runs do(item, block) for each item, on this worker or on the whole crew.
+template <class Over>
+void select(const Group& group, const int64_t* ranks, Cut* cuts, const Kernels& kernels, Desk& desk, const Over& over) {
+  const int models = group.front().models;
+  const int64_t elements = elements_of(group);
+  const auto any = [&](bool (*property)(const Search&)) { return std::any_of(desk.searches, desk.searches + models, property); };
+
+  for (int model = 0; model < models; ++model) {
+    const bool bounded = ranks[model] > 0 && ranks[model] < elements;
+    desk.searches[model] = {ranks[model], !bounded, ranks[model] > 0 ? 0 : INFINITE, 0, 0, {}};
+  }
+  const auto searching = [](const Search& search) { return !search.found; };
+  if (!any(searching)) {
+    for (int model = 0; model < models; ++model) {
+      cuts[model] = {from_bits(desk.searches[model].magnitude), ranks[model] > 0 ? std::numeric_limits<int64_t>::max() : 0};
+    }
+    return;
+  }
+  over(1, [&](int64_t, char* block) { sample(group, kernels, desk, block, elements); });
+  while (any(searching)) {
+    over(tiles_of(group), [&](int64_t tile, char* block) { count_tile(tile_at(group, tile), kernels, desk, block); });
+    for (int model = 0; model < models; ++model) {
+      if (!desk.searches[model].found) conclude(desk.searches[model]);
+    }
+  }
+  if (any(some_equals_go)) {
+    over(tiles_of(group), [&](int64_t tile, char* block) { count_equals(tile_at(group, tile), tile, kernels, desk, block); });
+  }
+  over(1, [&](int64_t, char* block) {
+    for (int model = 0; model < models; ++model) {
+      const Search& search = desk.searches[model];
+      const int64_t all = ranks[model] > 0 ? std::numeric_limits<int64_t>::max() : 0;
+      cuts[model] = {from_bits(search.magnitude),
+                     some_equals_go(search) ? ties_end(group, model, kernels, desk, block) : all};
+    }
+  });
+}
+
+int64_t bytes_read(const Group& group) {
+  int64_t bytes = 0;
+  for (const Tensor& tensor : group) bytes += bytes_read(tensor, tensor.elements);
+  return bytes;
+}
+
+}  // namespace
+
+void threshold(const std::vector<Group>& groups, const std::vector<const int64_t*>& ranks,
+               const std::vector<Cut*>& cuts, const Crew& crew) {
+  const Kernels& kernels = *crew.kernels;
+  std::vector<size_t> alone;
+  size_t desk_bytes = 0, block_bytes = 0;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    if (elements_of(groups[g]) > ALONE) continue;
+    const Tensor& like = groups[g].front();
+    alone.push_back(g);
+    desk_bytes = std::max(desk_bytes, (Desk::bytes(like.models, tiles_of(groups[g])) + 63) / 64 * 64);
+    block_bytes = std::max(block_bytes, worker_bytes(like));
+  }
+  parallel(static_cast<int64_t>(alone.size()), crew.threads, desk_bytes + block_bytes, crew.tick,
+           [&](int64_t item, char* memory) {
+             const size_t g = alone[static_cast<size_t>(item)];
+             Desk desk(memory, groups[g].front().models, tiles_of(groups[g]));
+             char* block = memory + desk_bytes;
+             select(groups[g], ranks[g], cuts[g], kernels, desk, [&](int64_t items, const auto& work) {
+               for (int64_t at = 0; at < items; ++at) work(at, block);
+             });
+             return bytes_read(groups[g]);
+           });
+  for (size_t g = 0; g < groups.size(); ++g) {
+    if (elements_of(groups[g]) <= ALONE) continue;
+    const Tensor& like = groups[g].front();
+    std::vector<char> memory(Desk::bytes(like.models, tiles_of(groups[g])));
+    Desk desk(memory.data(), like.models, tiles_of(groups[g]));
+    select(groups[g], ranks[g], cuts[g], kernels, desk, [&](int64_t items, const auto& work) {
+      parallel(items, crew.threads, worker_bytes(like), [&](int64_t) { crew.tick(0); }, [&](int64_t item, char* block) {
+        work(item, block);
+        return int64_t{0};
+      });
+    });
+    crew.tick(bytes_read(groups[g]));
+  }
+}
+
+}  // namespace fastmerge

@@ -1,0 +1,415 @@
+// Lanes: the vector operations that kernels.inl and stages.h are written in, once per instruction set.
+//
+// Each `isa_*.cpp` includes exactly one of these, by the flags it is compiled with, inside its own namespace. F holds
+// `width` floats, U as many 32-bit words, M a mask; D holds float64 lanes, two of which cover an F. Loads and stores may
+// be misaligned. `draws` are the 16-bit random pieces of random.h, in the order of the elements.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "../random.h"
+#include "../stages.h"
+
+#if defined(FASTMERGE_LANES_AVX512) || defined(FASTMERGE_LANES_AVX2)
+#include <immintrin.h>
+#elif defined(FASTMERGE_LANES_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace fastmerge {
+namespace {
+
+#if defined(FASTMERGE_LANES_AVX512)
+
+struct Lanes {
+  using F = __m512;
+  struct U {
+    __m512i v;
+  };
+  using M = __mmask16;
+  using D = __m512d;
+  static constexpr int width = 16;
+  static constexpr const char* name = "avx512";
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float value) { return _mm512_set1_ps(value); }
+  static F load(const float* from) { return _mm512_loadu_ps(from); }
+  static void store(float* to, F value) { _mm512_storeu_ps(to, value); }
+  template <DType dtype>
+  static F read(const char* from) {
+    if constexpr (dtype == DType::F32) return _mm512_loadu_ps(from);
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if constexpr (dtype == DType::F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  template <DType dtype>
+  static void write(char* to, F value) {
+    if constexpr (dtype == DType::F32) return _mm512_storeu_ps(to, value);
+    __m256i half;
+    if constexpr (dtype == DType::F16) {
+      half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+    } else {  // AVX512-BF16 would flush denormals
+      const __m512i bits = _mm512_castps_si512(value);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+      half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+  }
+
+  static M ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static M eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static M not_ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NGE_UQ); }
+  static M not_le(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+  static M either(M a, M b) { return static_cast<M>(a | b); }
+  static F pick(M mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes); }
+  static F where(M mask, F yes) { return _mm512_maskz_mov_ps(mask, yes); }
+
+  static U word(uint32_t value) { return {_mm512_set1_epi32(static_cast<int>(value))}; }
+  static U load(const uint32_t* from) { return {_mm512_loadu_si512(from)}; }
+  static void store(uint32_t* to, U value) { _mm512_storeu_si512(to, value.v); }
+  static U magnitude(F value) {
+    return {_mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff))};
+  }
+  static F absolute(F value) { return _mm512_castsi512_ps(magnitude(value).v); }
+  static U max(U a, U b) { return {_mm512_max_epu32(a.v, b.v)}; }
+  static M at_least(U a, U b) { return _mm512_cmpge_epu32_mask(a.v, b.v); }
+  static M equal(U a, U b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
+  static uint32_t bits(M mask) { return mask; }
+  static M mask_at(const uint8_t* kept, int at) {
+    uint16_t mask;
+    memcpy(&mask, kept + at / 8, sizeof mask);
+    return mask;
+  }
+
+  static D no_sum() { return _mm512_setzero_pd(); }
+  static D low(F value) { return _mm512_cvtps_pd(_mm512_castps512_ps256(value)); }
+  static D high(F value) {
+    return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(value), 1)));
+  }
+  static D multiply_add(D a, D b, D sum) { return _mm512_fmadd_pd(a, b, sum); }
+  static void store(double* to, D value) { _mm512_storeu_pd(to, value); }
+
+  static U exclusive_or(U a, U b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  static void multiply(U a, uint32_t factor, U& high, U& low) {
+    const __m512i by = _mm512_set1_epi32(static_cast<int>(factor));
+    const __m512i even = _mm512_mul_epu32(a.v, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), by);
+    high = {_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)};
+    low = {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
+  }
+  // Lane 4 q + r works on counter 4 r + q, so that transposing within 128 bits leaves the pieces in order.
+  static U counters(uint32_t first) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), order)};
+  }
+  // Bits of the draws below and equal to `cut`; returns whether any is equal.
+  static bool draws(const U (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+    const __m512i a = _mm512_unpacklo_epi32(words[0].v, words[1].v), b = _mm512_unpackhi_epi32(words[0].v, words[1].v);
+    const __m512i c = _mm512_unpacklo_epi32(words[2].v, words[3].v), d = _mm512_unpackhi_epi32(words[2].v, words[3].v);
+    const __m512i rows[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                             _mm512_unpackhi_epi64(b, d)};
+    const __m512i at = _mm512_set1_epi16(static_cast<short>(cut));
+    uint32_t any = 0;
+    for (int row = 0; row < 4; ++row) {
+      const uint32_t less = _mm512_cmplt_epu16_mask(rows[row], at), same = _mm512_cmpeq_epi16_mask(rows[row], at);
+      memcpy(below + 4 * row, &less, 4);
+      memcpy(equal + 4 * row, &same, 4);
+      any |= same;
+    }
+    return any != 0;
+  }
+};
+
+#elif defined(FASTMERGE_LANES_AVX2)
+
+struct Lanes {
+  using F = __m256;
+  struct U {
+    __m256i v;
+  };
+  struct M {
+    __m256 v;
+  };
+  using D = __m256d;
+  static constexpr int width = 8;
+  static constexpr const char* name = "avx2";
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set(float value) { return _mm256_set1_ps(value); }
+  static F load(const float* from) { return _mm256_loadu_ps(from); }
+  static void store(float* to, F value) { _mm256_storeu_ps(to, value); }
+  template <DType dtype>
+  static F read(const char* from) {
+    if constexpr (dtype == DType::F32) return _mm256_loadu_ps(reinterpret_cast<const float*>(from));
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    if constexpr (dtype == DType::F16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  template <DType dtype>
+  static void write(char* to, F value) {
+    if constexpr (dtype == DType::F32) return _mm256_storeu_ps(reinterpret_cast<float*>(to), value);
+    __m128i half;
+    if constexpr (dtype == DType::F16) {
+      half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+      const __m256i bits = _mm256_castps_si256(value);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i up = _mm256_srli_epi32(
+          _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+      half = _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+  }
+
+  static M ge(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_GE_OQ)}; }
+  static M eq(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_EQ_OQ)}; }
+  static M not_ge(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_NGE_UQ)}; }
+  static M not_le(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_NLE_UQ)}; }
+  static M either(M a, M b) { return {_mm256_or_ps(a.v, b.v)}; }
+  static F pick(M mask, F yes, F no) { return _mm256_blendv_ps(no, yes, mask.v); }
+  static F where(M mask, F yes) { return _mm256_and_ps(mask.v, yes); }
+
+  static U word(uint32_t value) { return {_mm256_set1_epi32(static_cast<int>(value))}; }
+  static U load(const uint32_t* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
+  static void store(uint32_t* to, U value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value.v); }
+  static U magnitude(F value) {
+    return {_mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fffffff))};
+  }
+  static F absolute(F value) { return _mm256_castsi256_ps(magnitude(value).v); }
+  static U max(U a, U b) { return {_mm256_max_epu32(a.v, b.v)}; }
+  static M at_least(U a, U b) { return equal(max(a, b), a); }
+  static M equal(U a, U b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))}; }
+  static uint32_t bits(M mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask.v)); }
+  static M mask_at(const uint8_t* kept, int at) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(kept[at / 8]), lane);
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane))};
+  }
+
+  static D no_sum() { return _mm256_setzero_pd(); }
+  static D low(F value) { return _mm256_cvtps_pd(_mm256_castps256_ps128(value)); }
+  static D high(F value) { return _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1)); }
+  static D multiply_add(D a, D b, D sum) { return _mm256_fmadd_pd(a, b, sum); }
+  static void store(double* to, D value) { _mm256_storeu_pd(to, value); }
+
+  static U exclusive_or(U a, U b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  static void multiply(U a, uint32_t factor, U& high, U& low) {
+    const __m256i by = _mm256_set1_epi32(static_cast<int>(factor));
+    const __m256i even = _mm256_mul_epu32(a.v, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), by);
+    high = {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)};
+    low = {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
+  }
+  // Lane 4 q + r works on counter 2 r + q, so that transposing within 128 bits leaves the pieces in order.
+  static U counters(uint32_t first) {
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    return {_mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), order)};
+  }
+  static bool draws(const U (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+    const __m256i a = _mm256_unpacklo_epi32(words[0].v, words[1].v), b = _mm256_unpackhi_epi32(words[0].v, words[1].v);
+    const __m256i c = _mm256_unpacklo_epi32(words[2].v, words[3].v), d = _mm256_unpackhi_epi32(words[2].v, words[3].v);
+    const __m256i rows[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
+                             _mm256_unpackhi_epi64(b, d)};
+    const __m256i at = _mm256_set1_epi16(static_cast<short>(cut));
+    uint32_t any = 0;
+    for (int row = 0; row < 4; ++row) {
+      const __m256i same = _mm256_cmpeq_epi16(rows[row], at);
+      const __m256i at_most = _mm256_cmpeq_epi16(_mm256_min_epu16(rows[row], at), rows[row]);
+      const uint32_t equal_bits = narrow(same), below_bits = narrow(_mm256_andnot_si256(same, at_most));
+      memcpy(below + 2 * row, &below_bits, 2);
+      memcpy(equal + 2 * row, &equal_bits, 2);
+      any |= equal_bits;
+    }
+    return any != 0;
+  }
+  static uint32_t narrow(__m256i mask16) {  // sixteen 16-bit masks -> sixteen bits
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(mask16), _mm256_extracti128_si256(mask16, 1));
+    return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
+  }
+};
+
+#elif defined(FASTMERGE_LANES_NEON)
+
+struct Lanes {
+  using F = float32x4_t;
+  struct U {
+    uint32x4_t v;
+  };
+  struct M {
+    uint32x4_t v;
+  };
+  using D = float64x2_t;
+  static constexpr int width = 4;
+  static constexpr const char* name = "neon";
+
+  static F zero() { return vdupq_n_f32(0.0f); }
+  static F set(float value) { return vdupq_n_f32(value); }
+  static F load(const float* from) { return vld1q_f32(from); }
+  static void store(float* to, F value) { vst1q_f32(to, value); }
+  template <DType dtype>
+  static F read(const char* from) {
+    if constexpr (dtype == DType::F32) {
+      return vreinterpretq_f32_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(from)));
+    } else {
+      const uint16x4_t half = vreinterpret_u16_u8(vld1_u8(reinterpret_cast<const uint8_t*>(from)));
+      if constexpr (dtype == DType::F16) return vcvt_f32_f16(vreinterpret_f16_u16(half));
+      return vreinterpretq_f32_u32(vshll_n_u16(half, 16));
+    }
+  }
+  template <DType dtype>
+  static void write(char* to, F value) {
+    if constexpr (dtype == DType::F32) {
+      vst1q_u8(reinterpret_cast<uint8_t*>(to), vreinterpretq_u8_f32(value));
+    } else {
+      uint16x4_t half;
+      if constexpr (dtype == DType::F16) {
+        half = vreinterpret_u16_f16(vcvt_f16_f32(value));
+      } else {
+        const uint32x4_t word = vreinterpretq_u32_f32(value);
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(word, 16), vdupq_n_u32(1));
+        half = vshrn_n_u32(vaddq_u32(vaddq_u32(word, vdupq_n_u32(0x7fff)), odd), 16);
+      }
+      vst1_u8(reinterpret_cast<uint8_t*>(to), vreinterpret_u8_u16(half));
+    }
+  }
+
+  static M ge(F a, F b) { return {vcgeq_f32(a, b)}; }
+  static M eq(F a, F b) { return {vceqq_f32(a, b)}; }
+  static M not_ge(F a, F b) { return {vmvnq_u32(vcgeq_f32(a, b))}; }
+  static M not_le(F a, F b) { return {vmvnq_u32(vcleq_f32(a, b))}; }
+  static M either(M a, M b) { return {vorrq_u32(a.v, b.v)}; }
+  static F pick(M mask, F yes, F no) { return vbslq_f32(mask.v, yes, no); }
+  static F where(M mask, F yes) { return vreinterpretq_f32_u32(vandq_u32(mask.v, vreinterpretq_u32_f32(yes))); }
+
+  static U word(uint32_t value) { return {vdupq_n_u32(value)}; }
+  static U load(const uint32_t* from) { return {vld1q_u32(from)}; }
+  static void store(uint32_t* to, U value) { vst1q_u32(to, value.v); }
+  static U magnitude(F value) { return {vandq_u32(vreinterpretq_u32_f32(value), vdupq_n_u32(0x7fffffff))}; }
+  static F absolute(F value) { return vabsq_f32(value); }
+  static U max(U a, U b) { return {vmaxq_u32(a.v, b.v)}; }
+  static M at_least(U a, U b) { return {vcgeq_u32(a.v, b.v)}; }
+  static M equal(U a, U b) { return {vceqq_u32(a.v, b.v)}; }
+  static uint32_t bits(M mask) {
+    const uint32_t lane[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(mask.v, vld1q_u32(lane)));
+  }
+  static M mask_at(const uint8_t* kept, int at) {
+    const uint32_t lane[4] = {1, 2, 4, 8};
+    const uint32x4_t nibble = vdupq_n_u32(static_cast<uint32_t>(kept[at / 8] >> (at % 8)));
+    return {vtstq_u32(nibble, vld1q_u32(lane))};
+  }
+
+  static D no_sum() { return vdupq_n_f64(0.0); }
+  static D low(F value) { return vcvt_f64_f32(vget_low_f32(value)); }
+  static D high(F value) { return vcvt_high_f64_f32(value); }
+  static D multiply_add(D a, D b, D sum) { return vfmaq_f64(sum, a, b); }
+  static void store(double* to, D value) { vst1q_f64(to, value); }
+
+  static U exclusive_or(U a, U b) { return {veorq_u32(a.v, b.v)}; }
+  static void multiply(U a, uint32_t factor, U& high, U& low) {
+    const uint64x2_t first = vmull_n_u32(vget_low_u32(a.v), factor), second = vmull_n_u32(vget_high_u32(a.v), factor);
+    low = {vcombine_u32(vmovn_u64(first), vmovn_u64(second))};
+    high = {vcombine_u32(vshrn_n_u64(first, 32), vshrn_n_u64(second, 32))};
+  }
+  static U counters(uint32_t first) {
+    const uint32_t order[4] = {0, 1, 2, 3};
+    return {vaddq_u32(vdupq_n_u32(first), vld1q_u32(order))};
+  }
+  static bool draws(const U (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+    uint32_t columns[4][4];
+    for (int word = 0; word < 4; ++word) store(columns[word], words[word]);
+    const uint16_t bit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+    const uint16x8_t at = vdupq_n_u16(static_cast<uint16_t>(cut)), weight = vld1q_u16(bit);
+    uint32_t any = 0;
+    for (int lane = 0; lane < 4; ++lane) {
+      const uint32_t row[4] = {columns[0][lane], columns[1][lane], columns[2][lane], columns[3][lane]};
+      const uint16x8_t pieces = vreinterpretq_u16_u32(vld1q_u32(row));
+      below[lane] = static_cast<uint8_t>(vaddvq_u16(vandq_u16(vcltq_u16(pieces, at), weight)));
+      equal[lane] = static_cast<uint8_t>(vaddvq_u16(vandq_u16(vceqq_u16(pieces, at), weight)));
+      any |= equal[lane];
+    }
+    return any != 0;
+  }
+};
+
+#else
+
+struct Lanes {
+  using F = float;
+  using U = uint32_t;
+  using M = bool;
+  using D = double;
+  static constexpr int width = 1;
+  static constexpr const char* name = "scalar";
+
+  static F zero() { return 0.0f; }
+  static F set(float value) { return value; }
+  static F load(const float* from) { return *from; }
+  static void store(float* to, F value) { *to = value; }
+  template <DType dtype>
+  static F read(const char* from) {
+    if constexpr (dtype == DType::F32) {
+      float value;
+      memcpy(&value, from, sizeof value);
+      return value;
+    } else {
+      uint16_t half;
+      memcpy(&half, from, sizeof half);
+      return dtype == DType::F16 ? from_f16(half) : from_bf16(half);
+    }
+  }
+  template <DType dtype>
+  static void write(char* to, F value) {
+    if constexpr (dtype == DType::F32) {
+      memcpy(to, &value, sizeof value);
+    } else {
+      const uint16_t half = dtype == DType::F16 ? to_f16(value) : to_bf16(value);
+      memcpy(to, &half, sizeof half);
+    }
+  }
+
+  static M ge(F a, F b) { return a >= b; }
+  static M eq(F a, F b) { return a == b; }
+  static M not_ge(F a, F b) { return !(a >= b); }
+  static M not_le(F a, F b) { return !(a <= b); }
+  static M either(M a, M b) { return a || b; }
+  static F pick(M mask, F yes, F no) { return mask ? yes : no; }
+  static F where(M mask, F yes) { return mask ? yes : 0.0f; }
+
+  static U word(uint32_t value) { return value; }
+  static U load(const uint32_t* from) { return *from; }
+  static void store(uint32_t* to, U value) { *to = value; }
+  static U magnitude(F value) { return to_bits(value) & 0x7fffffff; }
+  static F absolute(F value) { return from_bits(magnitude(value)); }
+  static U max(U a, U b) { return a > b ? a : b; }
+  static M at_least(U a, U b) { return a >= b; }
+  static M equal(U a, U b) { return a == b; }
+  static uint32_t bits(M mask) { return mask; }
+  static M mask_at(const uint8_t* kept, int at) { return (kept[at / 8] >> (at % 8)) & 1; }
+
+  static D no_sum() { return 0.0; }
+  static D low(F value) { return value; }
+  static D multiply_add(D a, D b, D sum) { return a * b + sum; }
+  static void store(double* to, D value) { *to = value; }
+
+  static U exclusive_or(U a, U b) { return a ^ b; }
+  static void multiply(U a, uint32_t factor, U& high, U& low) {
+    const uint64_t product = static_cast<uint64_t>(a) * factor;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+  }
+  static U counters(uint32_t first) { return first; }
+  static bool draws(const U (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+    *below = *equal = 0;
+    for (int piece = 0; piece < 8; ++piece) {
+      const uint32_t draw = (words[piece / 2] >> (16 * (piece % 2))) & 0xffff;
+      *below = static_cast<uint8_t>(*below | (draw < cut) << piece);
+      *equal = static_cast<uint8_t>(*equal | (draw == cut) << piece);
+    }
+    return *equal != 0;
+  }
+};
+
+#endif
+
+}  // namespace
+}  // namespace fastmerge

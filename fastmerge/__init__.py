@@ -1,0 +1,62 @@
+"""fastmerge: merges fine-tuned language-model checkpoints at the speed of memory.
+
+    import fastmerge
+    report = fastmerge.merge("recipe.yml", "merged/")
+
+Importing this package imports neither torch nor triton, and no kernels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    BackendError,
+    CheckpointError,
+    FastmergeError,
+    FastmergeWarning,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+)
+
+if TYPE_CHECKING:
+    from .engine import Report, merge
+    from .plan import Plan, plan
+    from .recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "FastmergeError",
+    "FastmergeWarning",
+    "MismatchError",
+    "NonFiniteError",
+    "OutputError",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "merge",
+    "plan",
+]
+
+_LAZY = {"Report": "engine", "merge": "engine", "Plan": "plan", "plan": "plan", "Recipe": "recipe"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names whose modules are loaded when first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

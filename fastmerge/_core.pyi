@@ -1,0 +1,37 @@
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+ROW: np.dtype[np.void]
+VIEW: np.dtype[np.void]
+SWEEP: np.dtype[np.void]
+PART: np.dtype[np.void]
+TARGET: np.dtype[np.void]
+
+class InputCut(Exception): ...  # noqa: N818 - as in csrc
+
+_Records = NDArray[np.void]
+_Tick = Callable[[int], None] | None
+
+def instruction_sets() -> dict[str, str | None]: ...
+def merge(
+    rows: _Records,
+    views: _Records,
+    sweeps: _Records,
+    parts: _Records,
+    targets: _Records,
+    isa: str,
+    threads: int,
+    tile: int,
+    tick: _Tick,
+    /,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+def gram(rows: _Records, views: _Records, isa: str, threads: int, tick: _Tick, /) -> NDArray[np.float64]: ...
+def norms(
+    rows: _Records, views: _Records, sweeps: _Records, parts: _Records, isa: str, threads: int, tick: _Tick, /
+) -> NDArray[np.float64]: ...
+def threshold(
+    rows: _Records, views: _Records, ranks: NDArray[np.int64], isa: str, threads: int, tick: _Tick, /
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]: ...

@@ -1,0 +1,115 @@
+"""Which provider runs which op: an ordered list per op, a probe for each provider, and a choice that fails loudly."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BackendError
+from .sweep import Cut, Found, Inputs, Run, Sweep, Target
+
+OPS = ("gram", "norms", "threshold", "merge")
+
+#: Providers in order of preference, by the name that `--backend` takes: the module, and the remedy where it is out.
+PROVIDERS = {
+    "cpu": ("native", "reinstall fastmerge with a C++17 compiler at hand"),
+    "torch": ("reference", "pip install 'fastmerge[torch]'"),
+}
+
+
+class Provider(Protocol):
+    """A module that implements the ops; what they compute stands in `sweep`."""
+
+    name: str
+    DTYPES: frozenset[str]
+
+    def gram(self, tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]: ...
+    def norms(self, tensors: Sequence[Inputs], sweeps: Sequence[Sweep], run: Run) -> list[NDArray[np.float64]]: ...
+    def threshold(
+        self, groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]], run: Run
+    ) -> list[tuple[Cut, ...]]: ...
+    def merge(
+        self,
+        tensors: Sequence[Inputs],
+        sweeps: Sequence[Sequence[Sweep]],
+        targets: Sequence[Sequence[Target]],
+        run: Run,
+    ) -> list[Found]: ...
+
+
+class Standing(NamedTuple):
+    """How a provider stands on this machine: the ops it runs, and why it is out where it is."""
+
+    provider: str
+    ops: tuple[str, ...]
+    reason: str
+
+
+def provider(name: str) -> Provider:
+    """The provider of this name.
+
+    Raises:
+        BackendError: it cannot run here, or there is none of that name.
+    """
+    if name not in PROVIDERS:
+        raise BackendError(f"there is no backend {name!r}; there are auto, {', '.join(PROVIDERS)}")
+    if reason := why_not(name):
+        raise BackendError(f"backend {name} cannot run: {reason}")
+    module: Provider = importlib.import_module(f".{PROVIDERS[name][0]}", __package__)
+    return module
+
+
+def choose(wanted: str, dtypes: Iterable[str]) -> Provider:
+    """The first provider that takes these dtypes, or the one asked for by name.
+
+    Raises:
+        BackendError: none does, or the one asked for does not.
+    """
+    names = list(PROVIDERS) if wanted == "auto" else [wanted]
+    usable = [provider(name) for name in names if wanted != "auto" or not why_not(name)]
+    needed = frozenset(dtypes)
+    for each in usable:
+        if needed <= each.DTYPES:
+            return each
+    reasons = [f"{each.name} takes {', '.join(sorted(each.DTYPES))}" for each in usable]
+    reasons += [f"{name} is out: {why_not(name)}" for name in names if why_not(name)]
+    raise BackendError(f"no backend merges {' with '.join(sorted(needed))} here ({'; '.join(reasons)})")
+
+
+def why_not(name: str) -> str:
+    """Why a provider cannot run here; empty where it can. Imports no torch."""
+    remedy = PROVIDERS[name][1]
+    if name == "torch":
+        return "" if find_spec("torch") else f"torch is not installed ({remedy})"
+    try:
+        importlib.import_module("._core", __package__)
+    except ImportError as error:
+        return f"the compiled core is not there: {error} ({remedy})"
+    return ""
+
+
+def standings() -> list[Standing]:
+    """Every provider, in order of preference."""
+    return [Standing(name, () if why_not(name) else OPS, why_not(name)) for name in PROVIDERS]
+
+
+def threads() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def instruction_sets() -> list[tuple[str, str, bool]]:
+    """The compiled core's instruction sets, best first: name, why it is out (or empty), whether it is the one."""
+    if why_not("cpu"):
+        return []
+    from . import native
+
+    return [(isa, native.why_not(isa), isa == native.isa()) for isa in native.ISAS]

@@ -1,0 +1,318 @@
+"""Checkpoints on disk: which file holds a tensor, and its bytes as mapped memory."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import threading
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import CheckpointError, FastmergeWarning
+from .header import (
+    CONVERT,
+    DEEPEST,
+    LONGEST_JSON,
+    TensorInfo,
+    looks_like,
+    nesting,
+    open_regular,
+    parse_json,
+    read_header,
+)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+#: Mappings that one checkpoint keeps when nothing refers to them: page tables cost 2 MB per GB mapped.
+KEPT_MAPPINGS = 64
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LISTED = 20  # names in one message
+
+
+class Checkpoint:
+    """A model's weights as they lie on disk; made by `open_checkpoint`.
+
+    `name` is the path as the user wrote it; `path` is it as a Path, and `folder` where config.json and its like are.
+    `tensors` maps each name to its dtype, shape and place, in the order of `files` and of the bytes in them.
+    """
+
+    def __init__(self, name: str, path: Path, folder: Path, shards: Mapping[Path, _Shard]) -> None:
+        self.name = name
+        self.path = path
+        self.folder = folder
+        self.config: dict[str, Any] = _config(folder)
+        self.files = tuple(shards)
+        self.tensors: Mapping[str, TensorInfo] = {
+            tensor: info for shard in shards.values() for tensor, info in shard.tensors.items()
+        }
+        self._file_of = {tensor: file for file, shard in shards.items() for tensor in shard.tensors}
+        self._stamps = {file: shard.stamp for file, shard in shards.items()}
+        self._mapped: OrderedDict[Path, _Mapped] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def file_of(self, tensor: str) -> Path:
+        """The file that holds a tensor; KeyError when none does."""
+        return self._file_of[tensor]
+
+    def address(self, tensor: str) -> tuple[int, object]:
+        """The address of a tensor's first byte, and the owner that keeps it mapped while referenced.
+
+        Raises CheckpointError when the file is no longer the one that was opened. Any number of owners may be alive: a
+        mapping holds no open file.
+        """
+        file = self._file_of[tensor]
+        with self._lock:
+            mapped = self._mapped.pop(file, None) or self._map(file)
+            self._mapped[file] = mapped
+            if len(self._mapped) > KEPT_MAPPINGS:
+                self._mapped.popitem(last=False)
+        return mapped.address + self.tensors[tensor].begin, mapped
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError when a file's size, time or inode differ from when it was opened."""
+        for file in self.files:
+            try:
+                now = _stamp(os.stat(file))
+            except OSError as error:
+                raise CheckpointError(f"{file} went away while it was read ({error.strerror}); run again") from None
+            self._compare(file, now)
+
+    def _compare(self, file: Path, now: _Stamp) -> None:
+        if now != self._stamps[file]:
+            raise CheckpointError(
+                f"{file} changed while it was read (it has {now.size} bytes, had {self._stamps[file].size}); "
+                "wait until whatever writes it is done, and run again"
+            )
+
+    def _map(self, file: Path) -> _Mapped:
+        with open_regular(file) as opened:
+            now = _stamp(os.fstat(opened.fileno()))
+            self._compare(file, now)
+            return _Mapped(file, opened.fileno(), now.size)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a model: a folder with model.safetensors, or with its index and shards, or one .safetensors file.
+
+    Reads headers, index and config.json. Raises CheckpointError for what is not a sound model, and warns with
+    FastmergeWarning about what is odd but defined: an index is taken before a single file, and names what counts.
+    """
+    name, path = str(path), Path(path)
+    if os.path.isdir(path):
+        return Checkpoint(name, path, path, _shards(path))
+    if path.suffix in _PICKLES:
+        raise CheckpointError(f"{path} is a PyTorch checkpoint: {CONVERT}")
+    return Checkpoint(name, path, path.parent, {path: _open(path)})
+
+
+def same_bytes(one: Checkpoint, tensor: str, two: Checkpoint, other: str) -> bool:
+    """Whether a tensor of one checkpoint and a tensor of another have the same bytes, whatever their dtypes."""
+    count = one.tensors[tensor].nbytes
+    if count != two.tensors[other].nbytes:
+        return False
+    (here, owner), (there, its_owner) = one.address(tensor), two.address(other)
+    equal: bool = _libc.memcmp(here, there, count) == 0
+    del owner, its_owner  # mapped until here
+    return equal
+
+
+def _shards(folder: Path) -> dict[Path, _Shard]:
+    """The files of a folder's model, and the tensors that count in each."""
+    single, index = folder / SINGLE, folder / INDEX
+    if not os.path.lexists(index):
+        if not os.path.lexists(single):
+            raise CheckpointError(_no_model(folder))
+        return {single: _open(single)}
+    weight_map, total_size = _index(index)
+    names = sorted(set(weight_map.values()))
+    if SINGLE not in names and os.path.lexists(single):
+        _warn(f"{folder} has both {INDEX} and {SINGLE}; the index is used, delete the one that is out of date")
+    for shard in names:
+        _refuse_outside(folder, index, shard)
+    if missing := [shard for shard in names if not os.path.exists(folder / shard)]:
+        raise CheckpointError(f"{index} names shards that are missing: {_listed(missing)}; fetch them again")
+    shards = {shard: _open(folder / shard) for shard in names}
+    _refuse_mismatch(index, weight_map, shards)
+    _warn_about_rest(folder, index, weight_map, shards)
+    held = sum(info.nbytes for shard in shards.values() for info in shard.tensors.values())
+    if total_size not in (None, held):
+        _warn(f"{index} says total_size {total_size}, its shards hold {held} bytes; the shards are believed")
+    return {
+        folder / name: _Shard({tensor: info for tensor, info in tensors.items() if tensor in weight_map}, stamp)
+        for name, (tensors, stamp) in shards.items()
+    }
+
+
+def _open(file: Path) -> _Shard:
+    with open_regular(file) as opened:
+        stamp = _stamp(os.fstat(opened.fileno()))
+    return _Shard(read_header(file).tensors, stamp)
+
+
+def _no_model(folder: Path) -> str:
+    """Why a folder without weights of a known name is refused, with the remedy."""
+    names = names_in(folder)
+    if found := [name for name in names if name.endswith(".safetensors")]:
+        return f"{folder} has no {SINGLE} and no {INDEX}; name one of its files instead: {_listed(found)}"
+    if found := [name for name in names if name.endswith(_PICKLES)]:
+        return f"{folder} holds PyTorch files only ({_listed(found)}): {CONVERT}"
+    return f"{folder} holds no model: neither {SINGLE} nor {INDEX}; name the folder that does"
+
+
+def _index(index: Path) -> tuple[dict[str, str], object]:
+    """The weight_map and total_size of an index."""
+    data = _read(index)
+    try:
+        document = parse_json(data)
+        if not isinstance(document, dict):
+            raise ValueError("it is not an object")
+        weight_map = document.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(type(shard) is str for shard in weight_map.values()):
+            raise ValueError("its weight_map is not an object of file names")
+    except ValueError as error:
+        reason = looks_like(data[:512]) or f"is not an index of shards: {error!s:.500}; fetch it again"
+        raise CheckpointError(f"{index} {reason}") from None
+    metadata = document.get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _refuse_outside(folder: Path, index: Path, shard: str) -> None:
+    """A shard lies in its folder, by name and once links are followed; the hub's cache links into its own blobs."""
+    parts = Path(shard).parts
+    if not parts or "\0" in shard or Path(shard).is_absolute() or ".." in parts:
+        raise CheckpointError(
+            f"{index} names the shard {shard!r}, which is not a path inside its folder; mend the index"
+        )
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / shard))
+    caches = (
+        home for home in root.parents if home.name.startswith("models--") and (home / "snapshots") in root.parents
+    )
+    if not any(target.is_relative_to(home) for home in (root, *caches)):
+        raise CheckpointError(f"{folder / shard} is a link out of its folder, to {target}; put the file itself there")
+
+
+def _refuse_mismatch(index: Path, weight_map: Mapping[str, str], shards: Mapping[str, _Shard]) -> None:
+    """Each tensor of the index is in the shard it names, and in no other."""
+    if absent := [
+        f"{tensor} in {shard}" for tensor, shard in weight_map.items() if tensor not in shards[shard].tensors
+    ]:
+        raise CheckpointError(f"{index} names tensors that its shards lack: {_listed(absent)}; fetch the model again")
+    times = Counter(tensor for shard in shards.values() for tensor in shard.tensors)
+    if twice := [tensor for tensor, count in times.items() if count > 1]:
+        holders = [name for name, shard in shards.items() if twice[0] in shard.tensors]
+        raise CheckpointError(
+            f"{index}: the same tensor is in two shards, {_listed(holders)}: {_listed(twice)}; fetch the model again"
+        )
+
+
+def _warn_about_rest(folder: Path, index: Path, weight_map: Mapping[str, str], shards: Mapping[str, _Shard]) -> None:
+    """Weights that lie there, but that the index does not name, do not count."""
+    lying = [name for name in names_in(folder) if name.endswith(".safetensors") and not name.startswith(".")]
+    if files := [name for name in lying if name not in shards and name != SINGLE]:
+        _warn(f"{index} does not name {_listed(files)}, which lie beside it; they are left out")
+    held = [(tensor, name) for name, shard in shards.items() for tensor in shard.tensors]
+    if tensors := [f"{tensor} in {name}" for tensor, name in held if tensor not in weight_map]:
+        _warn(f"{index} does not name {_listed(tensors)}; they are left out")
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, sorted; CheckpointError where it cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed ({error.strerror}): change its permissions") from None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json, empty where there is none; Infinity and NaN are taken, as transformers writes them."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        return {}
+    data = _read(path)
+    try:
+        config = json.loads(data.decode())
+        if not isinstance(config, dict):
+            raise ValueError("it is not an object")
+        if nesting(config) > DEEPEST:
+            raise RecursionError
+        return config
+    except RecursionError:
+        reason = "it is nested too deep"
+    except ValueError as error:
+        reason = str(error)
+    raise CheckpointError(f"{path} {looks_like(data[:512]) or f'is not a model config: {reason}; fetch it again'}")
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > LONGEST_JSON:
+            raise CheckpointError(
+                f"{path} has {size} bytes, more than the {LONGEST_JSON} that are read; fetch it again"
+            )
+        return file.readall()
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FastmergeWarning, stacklevel=4)
+
+
+class _Stamp(NamedTuple):
+    """What tells that a file is still the one that was opened."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+
+class _Shard(NamedTuple):
+    """A file's tensors that count, and what the file was when they were read."""
+
+    tensors: Mapping[str, TensorInfo]
+    stamp: _Stamp
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+
+
+_FAILED = ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_ssize_t)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class _Mapped:
+    """A file mapped for reading until the last reference goes.
+
+    Unlike mmap.mmap it holds no file descriptor, so a model may have more shards than a process may open files.
+    """
+
+    __slots__ = ("address", "size")
+
+    def __init__(self, file: Path, descriptor: int, size: int) -> None:
+        self.size = 0
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        if address in (None, _FAILED):
+            reason = os.strerror(ctypes.get_errno())
+            raise CheckpointError(f"{file} cannot be mapped ({reason}); copy it to a local disk, or raise `ulimit -v`")
+        self.address: int = address
+        self.size = size
+
+    def __del__(self, munmap: Callable[[int, int], object] = _libc.munmap) -> None:
+        if self.size:
+            munmap(self.address, self.size)

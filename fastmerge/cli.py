@@ -1,0 +1,227 @@
+"""The command line: parse, print, exit code; nothing else."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import FastmergeError, FastmergeWarning
+
+if TYPE_CHECKING:
+    from .engine import Progress, Report
+    from .plan import Plan
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+class _Size(click.ParamType[int]):
+    """A number of bytes, in decimal units: 5GB, 500MB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower().removesuffix("b")
+        unit = text[-1:] if text[-1:] in "kmgt" else ""
+        try:
+            size = round(float(text.removesuffix(unit)) * _UNITS[unit])
+        except (ValueError, OverflowError):
+            size = 0
+        if size <= 0:
+            self.fail(f"{value!r} is not a size; write for example 5GB or 500MB", param, ctx)
+        return size
+
+
+_recipe = click.argument("recipe", type=click.Path(path_type=Path))
+_seed = click.option("--seed", type=click.IntRange(0), help="Seed of the random drops; before the recipe's own.")
+_shard_size = click.option(
+    "--shard-size", type=_Size(), default="5GB", show_default=True, help="Most bytes in one file."
+)
+_backend = click.option(
+    "--backend",
+    type=click.Choice(["auto", "cpu", "torch"]),
+    default="auto",
+    show_default=True,
+    help="What computes; one asked for by name never falls back.",
+)
+_threads = click.option("--threads", type=click.IntRange(1), help="Workers; by default one per processor.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fastmerge")
+def main() -> None:
+    """Merge fine-tuned language-model checkpoints at the speed of memory."""
+
+
+@main.command()
+@_recipe
+@click.argument("out", type=click.Path(path_type=Path))
+@_backend
+@_threads
+@_seed
+@_shard_size
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output in OUT.")
+@click.option(
+    "--nonfinite",
+    type=click.Choice(["error", "propagate"]),
+    default="error",
+    show_default=True,
+    help="What NaN or Inf among the inputs does.",
+)
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def merge(recipe: Path, out: Path, quiet: bool, **options: Any) -> None:
+    """Merge the models of RECIPE (mergekit's YAML) into the new folder OUT."""
+    with _mistakes(quiet):
+        from .engine import merge as run
+
+        with _bar(quiet) as progress:
+            report = run(recipe, out, progress=progress, **options)
+        if not quiet:
+            click.echo(_closing(report))
+
+
+@main.command()
+@_recipe
+@_seed
+@_shard_size
+@click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
+def plan(recipe: Path, seed: int | None, shard_size: int, as_json: bool) -> None:
+    """Tell what merging RECIPE would read, compute and write, from headers alone."""
+    with _mistakes():
+        from .plan import plan as make_plan
+        from .recipe import Recipe
+
+        made = make_plan(Recipe.load(recipe), seed=seed, shard_size=shard_size)
+        if as_json:
+            import json
+
+            click.echo(json.dumps(made.to_json(), indent=2))
+        else:
+            _show_plan(made)
+
+
+@main.command()
+def info() -> None:
+    """Tell which kernels run here, and why others are out."""
+    with _mistakes():
+        from rich.console import Console
+        from rich.table import Table
+
+        from . import backends
+
+        console = Console()
+        table = Table("backend", *backends.OPS, "why not", title=f"fastmerge {__version__}", title_justify="left")
+        for standing in backends.standings():
+            table.add_row(
+                standing.provider,
+                *("yes" if op in standing.ops else "-" for op in backends.OPS),
+                standing.reason,
+            )
+        console.print(table)
+        table = Table("instruction set", "runs", "why not")
+        for isa, reason, chosen in backends.instruction_sets():
+            table.add_row(isa, "this one" if chosen else "-" if reason else "can", reason)
+        console.print(table)
+        console.print(f"threads {backends.threads()}; FASTMERGE_ISA forces an instruction set", highlight=False)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@_backend
+@_threads
+def demo(folder: Path | None, backend: str, threads: int | None) -> None:
+    """Make a small base with three fine-tunes and merge them by every method, in FOLDER or a temporary one."""
+    with _mistakes():
+        from .demo import run
+
+        run(folder, backend=backend, threads=threads)
+
+
+@contextmanager
+def _mistakes(quiet: bool = False) -> Iterator[None]:
+    """Exit codes: 2 and one sentence for the user's mistakes, 130 for Ctrl-C; warnings are told as they come."""
+
+    def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+        if not quiet:
+            click.secho(f"warning: {_printable(str(message))}", fg="yellow", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", FastmergeWarning)
+        warnings.showwarning = tell
+        try:
+            yield
+        except FastmergeError as error:
+            click.secho(f"error: {_printable(str(error))}", fg="red", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("stopped; nothing that looks complete was written", err=True)
+            sys.exit(130)
+
+
+def _printable(text: str) -> str:
+    """Names come from files: what would steer a terminal is shown as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Progress | None]:
+    """A bar with GB/s and time left, on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = ("merging", BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _closing(report: Report) -> str:
+    peak = f", {_size(report.peak_anonymous_bytes)} of memory" if report.peak_anonymous_bytes else ""
+    return (
+        f"{report.out}: {' + '.join(report.methods)} of {report.tensors:,} tensors, read {_size(report.bytes_read)}, "
+        f"wrote {_size(report.bytes_written)} in {report.seconds:.2f} s ({report.gigabytes_per_second:.1f} GB/s; "
+        f"{', '.join(report.providers)}, {report.threads} threads{peak})"
+    )
+
+
+def _show_plan(made: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for stage in made.stages:
+        table = Table("", "tensors", "read", "write", "files", title=stage.name or "result", title_justify="left")
+        table.add_row(
+            stage.document.method.name,
+            f"{len(stage.jobs):,}",
+            _size(stage.bytes_read),
+            _size(stage.bytes_written),
+            f"{len(stage.layout.shards):,}",
+        )
+        Console().print(table)
+        for number, model in enumerate(stage.models):
+            click.echo(f"  model {number}: {_printable(model.name)}")
+    click.echo(f"reads {_size(made.bytes_read)}, writes {_size(made.bytes_written)}")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+if __name__ == "__main__":
+    main()
