@@ -1,4 +1,5 @@
-// The Python face of the CPU core: flat record arrays of addresses in, flat arrays of numbers out, the GIL released between.
+// The Python face of the CPU core: flat record arrays of addresses in, flat arrays of numbers out, the GIL released
+// between.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -81,8 +82,9 @@ py::tuple py_merge(const Records<Row>& rows, const Records<View>& views, const R
   size_t view = 0, setting = 0, part = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const auto settings = static_cast<size_t>(at(rows, t)->settings);
-    merges.push_back({tensors[t], static_cast<int>(settings), at(sweeps, setting), at(parts, part), at(targets, setting),
-                      nonfinite.mutable_data() + view, first.mutable_data() + view, overflow.mutable_data() + setting});
+    merges.push_back({tensors[t], static_cast<int>(settings), at(sweeps, setting), at(parts, part),
+                      at(targets, setting), nonfinite.mutable_data() + view, first.mutable_data() + view,
+                      overflow.mutable_data() + setting});
     view += static_cast<size_t>(tensors[t].inputs);
     setting += settings;
     part += settings * static_cast<size_t>(tensors[t].models);
@@ -174,7 +176,8 @@ py::tuple py_threshold(const Records<Row>& rows, const Records<View>& views, con
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
-  module.doc() = "The compiled CPU kernels: addresses, dtypes and counts in, numbers out. Called by fastmerge.native alone.";
+  module.doc() =
+      "The compiled CPU kernels: addresses, dtypes and counts in, numbers out. Called by fastmerge.native alone.";
   PYBIND11_NUMPY_DTYPE(Row, elements, models, inputs, settings, group);
   PYBIND11_NUMPY_DTYPE(View, address, dtype);
   PYBIND11_NUMPY_DTYPE(Sweep, keep, elect, tie_vote, mean, divisor, lambda, padding);
@@ -200,7 +203,8 @@ PYBIND11_MODULE(_core, module) {
     }
   });
 
-  module.def("instruction_sets", &instruction_sets, "Instruction sets of this build, best first; None or why not here.");
+  module.def("instruction_sets", &instruction_sets,
+             "Instruction sets of this build, best first; None or why not here.");
   module.def("merge", &py_merge);
   module.def("gram", &py_gram);
   module.def("norms", &py_norms);

@@ -1,8 +1,8 @@
 // Random bits as a pure function of (key, flat index): Philox4x32, seven rounds (Salmon et al., SC'11).
 //
 // One counter serves eight elements: counter e / 8 gives four words, eight 16-bit pieces, low half first, and element e
-// takes piece e % 8. An element is kept when its piece is below the upper half of the cut; on equality (once in 65536) the
-// same piece of a second stream decides against the lower half, so a probability has 32 bits for the price of 16.
+// takes piece e % 8. An element is kept when its piece is below the upper half of the cut; on equality (once in 65536)
+// the same piece of a second stream decides against the lower half, so a probability has 32 bits for the price of 16.
 #pragma once
 #include "dtype.h"
 

@@ -21,11 +21,11 @@ struct View {
 struct Part {
   float weight;
   float rescale;
-  float magnitude;    // ABOVE: |d| > magnitude stays, and == magnitude below ties_end
-  float mass;         // what this model adds to the divisor when it agrees
-  int64_t ties_end;   // ABOVE
-  uint64_t cut;       // BERNOULLI: 0 ... 2^32
-  uint64_t key;       // BERNOULLI
+  float magnitude;   // ABOVE: |d| > magnitude stays, and == magnitude below ties_end
+  float mass;        // what this model adds to the divisor when it agrees
+  int64_t ties_end;  // ABOVE
+  uint64_t cut;      // BERNOULLI: 0 ... 2^32
+  uint64_t key;      // BERNOULLI
 };
 
 struct Sweep {

@@ -71,14 +71,16 @@ def choose(wanted: str, dtypes: Iterable[str]) -> Provider:
     Raises:
         BackendError: none does, or the one asked for does not.
     """
-    names = list(PROVIDERS) if wanted == "auto" else [wanted]
-    usable = [provider(name) for name in names if wanted != "auto" or not why_not(name)]
     needed = frozenset(dtypes)
-    for each in usable:
+    reasons = []
+    for name in PROVIDERS if wanted == "auto" else [wanted]:
+        if wanted == "auto" and (reason := why_not(name)):
+            reasons.append(f"{name} is out: {reason}")
+            continue
+        each = provider(name)  # imports torch for the reference, so only where the ones before it do not do
         if needed <= each.DTYPES:
             return each
-    reasons = [f"{each.name} takes {', '.join(sorted(each.DTYPES))}" for each in usable]
-    reasons += [f"{name} is out: {why_not(name)}" for name in names if why_not(name)]
+        reasons.append(f"{name} takes {', '.join(sorted(each.DTYPES))}")
     raise BackendError(f"no backend merges {' with '.join(sorted(needed))} here ({'; '.join(reasons)})")
 
 

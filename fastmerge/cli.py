@@ -199,9 +199,11 @@ def _closing(report: Report) -> str:
 def _show_plan(made: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     for stage in made.stages:
-        table = Table("", "tensors", "read", "write", "files", title=stage.name or "result", title_justify="left")
+        title = Text(_printable(stage.name or "result"))  # no markup
+        table = Table("", "tensors", "read", "write", "files", title=title, title_justify="left")
         table.add_row(
             stage.document.method.name,
             f"{len(stage.jobs):,}",

@@ -90,8 +90,8 @@ def merge(
     result = plan.stages[-1]
     with Writer(folder, result.layout, inputs=inputs, overwrite=overwrite) as writer:
         written: dict[str, Checkpoint] = {}
-        for stage in plan.stages[:-1]:
-            place = folder / STAGES / str(stage.name)
+        for number, stage in enumerate(plan.stages[:-1]):
+            place = folder / STAGES / str(number)  # its name is the user's, and may be any text
             with Writer(place, stage.layout, inputs=(), overwrite=False) as between:
                 _run(stage, written, between, work)
                 between.commit(_sidecars(stage, recipe, place, seed))

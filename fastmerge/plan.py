@@ -386,9 +386,9 @@ class _Planner:
             old = max((layer for prefix, layer in _numbered(self.models[0].tensors) if prefix == stack), default=-1) + 1
             key = _count_key(config, stack, old)
             if key is None:
-                _warn(
-                    f"no key of config.json counts the layers {stack!r} of {self._name(0)}; there are {len(kept)} now"
-                )
+                if len(kept) != old:
+                    text = f"no key of config.json counts the layers {stack!r} of {self._name(0)}"
+                    _warn(f"{text}; there are {len(kept)} now")
                 continue
             section, _, word = key.rpartition(".")
             values: dict[str, Any] = {word: len(kept)}

@@ -243,6 +243,19 @@ slices:
 
 
 @pytest.mark.usefixtures("models")
+def test_each_layer_has_the_parameters_of_the_layer_it_comes_from() -> None:
+    made = jobs(
+        """
+merge_method: linear
+parameters: {weight: [{filter: layers.3., value: 3}, {value: 1}], normalize: false}
+slices:
+  - sources: [{model: a, layer_range: [2, 5]}]
+"""
+    )
+    assert weights(made) == [1.0, 3.0, 1.0]
+
+
+@pytest.mark.usefixtures("models")
 def test_the_settings_of_tensors_with_equal_values_are_one_object() -> None:
     assert len({id(job.settings) for job in jobs(TIES).values()}) == 1
     halves = jobs(LINEAR.replace("0.5", "[{filter: mlp, value: 1}, {value: 2}]")).values()
@@ -385,6 +398,25 @@ def test_layers_are_numbered_as_they_come() -> None:
 
 
 @pytest.mark.usefixtures("models")
+def test_slices_are_in_the_order_of_their_base() -> None:
+    tensors = {"model.extra_embed.weight": ("F32", (2,)), **llama(1)}
+    save("forward", tensors)
+    save("backward", dict(reversed(tensors.items())))
+    made = jobs(
+        """
+merge_method: task_arithmetic
+base_model: backward
+parameters: {weight: 1}
+slices:
+  - sources: [{model: forward, layer_range: [0, 1]}, {model: backward, layer_range: [0, 1]}]
+"""
+    )
+    embeddings = ["model.embed_tokens.weight", "model.extra_embed.weight"]
+    inside = [layer(0, part) for part in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")]
+    assert list(made) == [*embeddings, *inside, "lm_head.weight", "model.norm.weight"]
+
+
+@pytest.mark.usefixtures("models")
 def test_embeddings_come_from_the_first_slice_and_the_head_from_the_last() -> None:
     made = jobs(STACKED)
     assert [
@@ -446,6 +478,15 @@ def test_a_config_that_counts_no_layers_is_warned_of() -> None:
         save(name, llama(), {"model_type": "odd"})
     with pytest.warns(FastmergeWarning, match="no key of config.json counts the layers 'model.layers' of 'a'"):
         planned(STACKED)
+
+
+def test_a_config_that_counts_no_layers_does_not_matter_when_all_stay() -> None:
+    save("a", llama())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(jobs("merge_method: passthrough\nslices: [sources: [{model: a, layer_range: [0, 5]}]]")) == len(
+            llama()
+        )
 
 
 @pytest.mark.usefixtures("models")
@@ -531,6 +572,14 @@ def test_a_module_may_be_named_by_its_whole_prefix() -> None:
     made = jobs(MODULES.replace("  encoder:", "  encoder.block:"))
     assert weights(made, "encoder.block") == [1.0, 2.0, 3.0]
     assert weights(made, "encoder.final_norm") == [7.0]
+
+
+@pytest.mark.usefixtures("towers")
+def test_a_tensor_belongs_to_the_innermost_module() -> None:
+    block = "  encoder.block: {models: [{model: a}, {model: b}], parameters: {weight: 9}}\n"
+    made = jobs(MODULES.replace("  decoder:", block + "  decoder:"))
+    assert weights(made, "encoder.block") == [9.0] * 3
+    assert weights(made, "encoder.final_norm") == [1.0]
 
 
 @pytest.mark.usefixtures("models")

@@ -327,8 +327,23 @@ def test_a_merged_key_gives_way_to_one_that_is_written() -> None:
     assert [s.parameters["weight"].constant for s in document(text).modules[0].slices[0].sources] == [1.0, 2.0]
 
 
+def test_of_several_merged_mappings_the_first_counts() -> None:
+    text = """
+merge_method: linear
+models:
+  - {model: a, parameters: &one {weight: 1}}
+  - {model: b, parameters: &two {weight: 2, density: 1}}
+  - {model: c, parameters: {<<: [*one, *two]}}
+"""
+    assert document(text).modules[0].slices[0].sources[2].parameters["weight"].constant == 1.0
+
+
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+MAPPING_BOMB = "a0: &a0 {b: 1}\n" + "".join(
+    f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(10))}}}\n" for i in range(1, 9)
 )
 
 
@@ -342,6 +357,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("merge_method: !!str linear\n", "recipe.yml:1: the YAML tag"),
         ("a: 1\nb: !!python/object/apply:os.system [ls]\n", "recipe.yml:2: the YAML tag"),
         (BOMB, "recipe.yml:6: aliases expand this to more than 1000000 entries"),
+        (MAPPING_BOMB, "recipe.yml:7: aliases expand this to more than 1000000 entries"),
         ("a: &x [1, *x]\n", "recipe.yml:1: the alias *x has no anchor before it, or is inside it"),
         ("a: *x\n", "recipe.yml:1: the alias *x has no anchor before it"),
         ("a: " + "[" * 50 + "]" * 50, "recipe.yml:1: this is nested more than 32 deep"),
@@ -357,7 +373,17 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("#" * 10_000_001, "recipe.yml: the recipe has over 10 MB"),
     ],
     ids=[
-        *("empty", "comment", "empty-documents", "duplicate-key", "tag", "python-tag", "bomb", "self-alias"),
+        *(
+            "empty",
+            "comment",
+            "empty-documents",
+            "duplicate-key",
+            "tag",
+            "python-tag",
+            "bomb",
+            "mapping-bomb",
+            "self-alias",
+        ),
         *("no-anchor", "deep", "very-deep", "list", "scalar", "syntax", "quote", "control-character", "key-not-text"),
         *("merge-scalar", "long-number", "10-MB"),
     ],

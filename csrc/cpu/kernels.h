@@ -8,19 +8,22 @@
 namespace fastmerge {
 
 // Elements per chunk: small enough that its inputs, widened to float32, stay in the first cache. Chunks start at
-// multiples of CHUNK in their tensor, whatever the tile, so that the random counters and the order of sums never change.
+// multiples of CHUNK in their tensor, whatever the tile, so that the random counters and the order of sums never
+// change.
 constexpr int CHUNK = 2048;
-// Lanes of a sum: each float64 sum runs over 16 interleaved lanes on every instruction set, so that its bits are the same.
+// Lanes of a sum: each float64 sum runs over 16 interleaved lanes on every instruction set, so that its bits are the
+// same.
 constexpr int SUM_LANES = 16;
 constexpr int BINS = 2048;
+constexpr int CANDIDATES = 4;
 
 // A worker's memory for tensors of at most so many inputs, laid out in one block.
 struct Scratch {
-  const char** inputs;    // one pointer per input
-  float* wide;            // inputs x CHUNK
-  float* out;             // CHUNK
-  uint32_t* thresholds;   // inputs x SUM_LANES
-  uint8_t* kept;          // inputs x CHUNK / 8
+  const char** inputs;   // one pointer per input
+  float* wide;           // inputs x CHUNK
+  float* out;            // CHUNK
+  uint32_t* thresholds;  // inputs x SUM_LANES
+  uint8_t* kept;         // inputs x CHUNK / 8
 
   static size_t bytes(int inputs) {
     return static_cast<size_t>(inputs) * (sizeof(char*) + CHUNK * sizeof(float) + SUM_LANES * 4 + CHUNK / 8) +
@@ -50,22 +53,31 @@ struct Census {
   int64_t bins[BINS];
 };
 
+// Magnitudes, as bits, one of which is probably the k-th largest; and how many lie above each and are equal to it.
+struct Tally {
+  int values;
+  uint32_t value[CANDIDATES];
+  int64_t above[CANDIDATES];
+  int64_t equal[CANDIDATES];
+};
+
 struct Kernels {
   const char* name;
 
-  // One sweep over `count` elements from `begin` (a multiple of CHUNK) into out[count], padded to 16. Returns the largest
-  // magnitude, as bits, among the outputs and those deltas that might not reach them: below 0x7f800000 where all is finite.
+  // One sweep over `count` elements from `begin` (a multiple of CHUNK) into out[count], padded to 16. Returns the
+  // largest magnitude, as bits, among the outputs and those deltas that might not reach them: below 0x7f800000 where
+  // all is finite.
   uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, float* out, Scratch&);
   void (*narrow)(const float* from, int count, DType dtype, char* to);
 
-  // Deltas (weights without a base) as float32 into scratch.wide[model][count], padded with zeros to 16. A NaN becomes 0
-  // there, and so does Inf unless `infinite_too`: one bad element must not decide about the others.
+  // Deltas (weights without a base) as float32 into scratch.wide[model][count], padded with zeros to 16. A NaN becomes
+  // 0 there, and so does Inf unless `infinite_too`: one bad element must not decide about the others.
   void (*deltas)(const Tensor&, int64_t begin, int count, bool infinite_too, Scratch&);
   // The measures below read what `deltas` left.
   void (*gram)(int models, int count, const Scratch&, double* sums);  // adds to models x models, upper triangle
   void (*norms)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, Scratch&, double* sums);
   void (*census)(const float* deltas, int count, Census&);
-  int64_t (*equals)(const float* deltas, int count, uint32_t bits);
+  void (*tally)(const float* deltas, int count, Tally&);
 };
 
 // The instruction sets of this build, best first, and why one cannot run here (nullptr: it can).

@@ -27,7 +27,8 @@ void each_vector(const char* from, int count, const Put& put) {
   for (; at + L::width <= count; at += L::width) put(at, L::read<dtype>(from + at * size));
   char rest[SUM_LANES * 4] = {};
   memcpy(rest, from + at * size, static_cast<size_t>(count - at) * size);
-  for (int end = padded(count), start = at; at < end; at += L::width) put(at, L::read<dtype>(rest + (at - start) * size));
+  for (int end = padded(count), start = at; at < end; at += L::width)
+    put(at, L::read<dtype>(rest + (at - start) * size));
 }
 
 template <class Put>
@@ -107,13 +108,13 @@ uint32_t sweep_run(const Call& call, int from, int to) {
       }
       if (divide) mean = mean / divisor;
     } else {
-      Tally<L> tally;
+      Ballot<L> ballot;
       for (int model = 0; model < call.models; ++model) {
         const Part& part = call.parts[model];
         const F delta = kept_delta(model);
-        vote<L, elect, contributors>(tally, delta, delta * L::set(part.weight), L::set(part.mass));
+        vote<L, elect, contributors>(ballot, delta, delta * L::set(part.weight), L::set(part.mass));
       }
-      mean = elected<L>(tally, least_positive, by_mass, divisor);
+      mean = elected<L>(ballot, least_positive, by_mass, divisor);
     }
     const F out = combine<L, has_base>(base, mean, lambda);
     worst = L::max(worst, L::magnitude(out));
@@ -134,8 +135,8 @@ constexpr Run run_at() {
   constexpr int vote = index % VOTES;
   constexpr auto elect = static_cast<Elect>((vote + 1) / 2);
   constexpr auto keep = static_cast<Keep>(index / VOTES % 3);
-  return sweep_run<static_cast<DType>(index / VOTES / 6), index / VOTES / 3 % 2 == 1, keep, elect,
-                   vote != 0 && vote % 2 == 0>;
+  return sweep_run < static_cast<DType>(index / VOTES / 6), index / VOTES / 3 % 2 == 1, keep, elect,
+         vote != 0 && vote % 2 == 0 > ;
 }
 
 template <size_t... index>
@@ -194,8 +195,8 @@ void draw(const Part& part, int64_t begin, int count, uint8_t* kept) {
   }
 }
 
-// Calls `run(from, to)` over the chunk in pieces within which each model's threshold is the same in every vector: equals
-// are kept below ties_end, so T before it, T + 1 after it, and a mixture in the vector where it falls.
+// Calls `run(from, to)` over the chunk in pieces within which each model's threshold is the same in every vector:
+// equals are kept below ties_end, so T before it, T + 1 after it, and a mixture in the vector where it falls.
 template <class Each>
 void each_threshold(const Part* parts, int models, int64_t begin, int count, uint32_t* thresholds, const Each& run) {
   const int end = padded(count);
@@ -361,18 +362,23 @@ void census(const float* deltas, int count, Census& census) {
   if (census.low == 0) census.bins[0] -= padded(count) - count;
 }
 
-int64_t equals(const float* deltas, int count, uint32_t bits) {
-  const U wanted = L::word(bits);
-  int64_t found = 0;
-  for (int at = 0; at < padded(count); at += L::width) {
-    found += __builtin_popcount(L::bits(L::equal(L::magnitude(L::load(deltas + at)), wanted)));
+void tally(const float* deltas, int count, Tally& tally) {
+  for (int i = 0; i < tally.values; ++i) {
+    const U value = L::word(tally.value[i]), beyond = L::word(tally.value[i] + 1);
+    int64_t above = 0, equal = 0;
+    for (int at = 0; at < padded(count); at += L::width) {
+      const U magnitude = L::magnitude(L::load(deltas + at));
+      above += __builtin_popcount(L::bits(L::at_least(magnitude, beyond)));
+      equal += __builtin_popcount(L::bits(L::equal(magnitude, value)));
+    }
+    tally.above[i] += above;
+    tally.equal[i] += tally.value[i] == 0 ? equal - (padded(count) - count) : equal;
   }
-  return bits == 0 ? found - (padded(count) - count) : found;
 }
 
 }  // namespace
 
 extern const Kernels FASTMERGE_KERNELS;
-const Kernels FASTMERGE_KERNELS = {L::name, merge, narrow, deltas, gram, norms, census, equals};
+const Kernels FASTMERGE_KERNELS = {L::name, merge, narrow, deltas, gram, norms, census, tally};
 
 }  // namespace fastmerge

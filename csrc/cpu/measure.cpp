@@ -1,4 +1,5 @@
-// The ops `gram` and `norms`: sums over grains of a fixed size, added up in the order of the grains whatever the threads.
+// The ops `gram` and `norms`: sums over grains of a fixed size, added up in the order of the grains whatever the
+// threads.
 #include <algorithm>
 #include <cmath>
 
@@ -9,8 +10,8 @@ namespace {
 
 constexpr int64_t GRAIN = 64 * CHUNK;
 
-// For each grain of each tensor: widens its chunks, lets `measure(t, begin, count, scratch, sums)` add to `size(t)` sums;
-// then hands the sums over in order to `collect(t, sums)`.
+// For each grain of each tensor: widens its chunks, lets `measure(t, begin, count, scratch, sums)` add to `size(t)`
+// sums; then hands the sums over in order to `collect(t, sums)`.
 template <class Size, class Measure, class Collect>
 void by_grains(const std::vector<Tensor>& tensors, const Crew& crew, const Size& size, const Measure& measure,
                const Collect& collect) {
@@ -71,7 +72,8 @@ void norms(const std::vector<Tensor>& tensors, const std::vector<const Sweep*>& 
         crew.kernels->norms(tensors[t], *sweeps[t], parts[t], begin, count, scratch, here);
       },
       [&](size_t t, const double* here) {
-        for (size_t i = 0; i < size(t); ++i) sums[t][i] = i % 3 == 2 ? std::max(sums[t][i], here[i]) : sums[t][i] + here[i];
+        for (size_t i = 0; i < size(t); ++i)
+          sums[t][i] = i % 3 == 2 ? std::max(sums[t][i], here[i]) : sums[t][i] + here[i];
       });
   for (size_t t = 0; t < tensors.size(); ++t) {
     for (size_t i = 1; i < size(t); i += 3) sums[t][i] = std::sqrt(sums[t][i]);

@@ -1,4 +1,5 @@
-// The op `merge`: tiles of tensors through the sweep into a hot buffer, and from there to memory or to their place in a file.
+// The op `merge`: tiles of tensors through the sweep into a hot buffer, and from there to memory or to their place in a
+// file.
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,7 +13,8 @@
 namespace fastmerge {
 namespace {
 
-// Elements per tile, over all settings: half a megabyte of bf16 output, which stays in the second cache until it is written.
+// Elements per tile, over all settings: half a megabyte of bf16 output, which stays in the second cache until it is
+// written.
 constexpr int64_t TILE = 128 * CHUNK;
 
 struct Tile {
@@ -47,7 +49,9 @@ float element(const View& view, int64_t at) {
   return dtype_of(view) == DType::F16 ? from_f16(half) : from_bf16(half);
 }
 
-bool finite(float value) { return (to_bits(value) & 0x7f800000) != 0x7f800000; }
+bool finite(float value) {
+  return (to_bits(value) & 0x7f800000) != 0x7f800000;
+}
 
 // The smallest magnitude that rounds to Inf.
 uint32_t overflow_bits(DType dtype) {
@@ -123,8 +127,9 @@ void merge(const std::vector<Merge>& merges, const Crew& crew) {
     const int64_t hot = std::min(length, merge.tensor.elements) * 4 * merge.settings + 64;
     scratch_bytes = std::max(scratch_bytes, Scratch::bytes(merge.tensor.inputs) + static_cast<size_t>(hot));
   }
-  parallel(static_cast<int64_t>(tiles.size()), crew.threads, scratch_bytes, crew.tick,
-           [&](int64_t item, char* block) { return sweep_tile(tiles[static_cast<size_t>(item)], *crew.kernels, block); });
+  parallel(static_cast<int64_t>(tiles.size()), crew.threads, scratch_bytes, crew.tick, [&](int64_t item, char* block) {
+    return sweep_tile(tiles[static_cast<size_t>(item)], *crew.kernels, block);
+  });
 }
 
 }  // namespace fastmerge

@@ -1,7 +1,7 @@
 #include "parallel.h"
 
-#include <signal.h>
 #include <setjmp.h>
+#include <signal.h>
 
 #include <atomic>
 #include <cfenv>
@@ -18,8 +18,8 @@
 namespace fastmerge {
 namespace {
 
-// Reading a mapped page past the end of a cut file raises SIGBUS in the reading thread. A worker leaves its item by a jump:
-// kernels own nothing, so nothing is left behind. Anyone else's SIGBUS goes where it went before.
+// Reading a mapped page past the end of a cut file raises SIGBUS in the reading thread. A worker leaves its item by a
+// jump: kernels own nothing, so nothing is left behind. Anyone else's SIGBUS goes where it went before.
 thread_local sigjmp_buf* guarded = nullptr;
 struct sigaction other_bus_action;
 

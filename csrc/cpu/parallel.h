@@ -17,8 +17,8 @@ struct InputCut : std::runtime_error {
   InputCut() : std::runtime_error("a mapped input was cut while it was read") {}
 };
 
-// Runs work(0) ... work(items - 1), each once, in any order, on `threads` threads with `scratch_bytes` of memory each. The
-// first exception, of an item or of the tick, stops the rest (items under way finish) and is thrown here.
+// Runs work(0) ... work(items - 1), each once, in any order, on `threads` threads with `scratch_bytes` of memory each.
+// The first exception, of an item or of the tick, stops the rest (items under way finish) and is thrown here.
 void parallel(int64_t items, int threads, size_t scratch_bytes, const Tick& tick, const Work& work);
 
 }  // namespace fastmerge

@@ -1,8 +1,9 @@
 // The op `threshold`: the exact k-th largest magnitude of each model's delta, and where equals to it stop being kept.
 //
-// A sample brackets the magnitude; a census counts what lies above the bracket and, in bins, inside it; the bin that holds
-// the k-th is the next bracket, until a bin is one magnitude wide (two censuses as a rule, whatever the size). A bracket
-// that missed says on which side. Where only some of the equals are kept, one more read counts them tile by tile.
+// A sample brackets the magnitude. Deltas of 16-bit weights are discrete: where a few values are most of the bracket,
+// one read counts what lies above each of them and equals it, which proves the k-th and, tile by tile, tells where its
+// equals stop. Elsewhere a census counts what lies above the bracket and, in bins, inside it; the bin that holds the
+// k-th is the next bracket, until a bin is one magnitude wide. A bracket or a guess that missed says on which side.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -24,6 +25,8 @@ struct Search {
   uint32_t magnitude;
   int64_t wanted;  // how many of the `equal` elements at the magnitude are kept
   int64_t equal;
+  int guess;    // the place of the magnitude in `tally`
+  Tally tally;  // of guesses, while there are any
   Census census;
 };
 
@@ -60,32 +63,41 @@ Tile tile_at(const Group& group, int64_t number) {
   return {};
 }
 
-// Memory for one group's selection, in one block: searches, samples, and equals per tile and model.
+// Memory for one group's selection, in one block: searches, samples, and the equals of each guess per tile and model.
 struct Desk {
   Search* searches;
   uint32_t* samples;
   int64_t* equals;
 
   static size_t bytes(int models, int64_t tiles) {
-    return static_cast<size_t>(models) * (sizeof(Search) + SAMPLES * 4 + static_cast<size_t>(tiles) * 8);
+    return static_cast<size_t>(models) * (sizeof(Search) + SAMPLES * 4 + static_cast<size_t>(tiles) * CANDIDATES * 8);
   }
-  Desk(char* block, int models, int64_t tiles)
+  Desk(char* block, int models)
       : searches(reinterpret_cast<Search*>(block)),
         samples(reinterpret_cast<uint32_t*>(searches + models)),
-        equals(reinterpret_cast<int64_t*>(samples + static_cast<int64_t>(models) * SAMPLES)) {
-    std::fill(equals, equals + tiles * models, 0);
+        equals(reinterpret_cast<int64_t*>(samples + static_cast<int64_t>(models) * SAMPLES)),
+        models_(models) {}
+
+  int64_t& equal(int64_t tile, int model, int guess) const {
+    return equals[(tile * models_ + model) * CANDIDATES + guess];
   }
+
+ private:
+  int models_;
 };
 
 size_t worker_bytes(const Tensor& tensor) {
-  return (Scratch::bytes(tensor.inputs) + 63) / 64 * 64 + static_cast<size_t>(tensor.models) * sizeof(Census);
+  return (Scratch::bytes(tensor.inputs) + 63) / 64 * 64 +
+         static_cast<size_t>(tensor.models) * (sizeof(Census) + sizeof(Tally));
 }
 
 Census* censuses_at(char* block, const Tensor& tensor) {
   return reinterpret_cast<Census*>(block + (Scratch::bytes(tensor.inputs) + 63) / 64 * 64);
 }
 
-uint32_t magnitude_of(float delta) { return to_bits(delta) & 0x7fffffff; }
+uint32_t magnitude_of(float delta) {
+  return to_bits(delta) & 0x7fffffff;
+}
 
 void search_in(Census& census, uint32_t low, uint32_t high) {
   census = {};
@@ -94,18 +106,40 @@ void search_in(Census& census, uint32_t low, uint32_t high) {
   while ((high - low) >> census.shift >= BINS) ++census.shift;
 }
 
-// The bracket that the k-th of the sample suggests: eight standard deviations of its rank to either side.
+// The most frequent of these magnitudes, in descending order, as guesses; none unless they are most of them.
+void guess(Tally& tally, const uint32_t* begin, const uint32_t* end) {
+  int64_t times[CANDIDATES], guessed = 0;
+  for (const uint32_t *run = begin, *next; run < end; run = next) {
+    next = std::find_if(run, end, [run](uint32_t value) { return value != *run; });
+    int place = tally.values;
+    while (place > 0 && times[place - 1] < next - run) --place;
+    if (place == CANDIDATES) continue;
+    tally.values = std::min(tally.values + 1, CANDIDATES);
+    for (int i = tally.values - 1; i > place; --i) {
+      times[i] = times[i - 1];
+      tally.value[i] = tally.value[i - 1];
+    }
+    times[place] = next - run;
+    tally.value[place] = *run;
+  }
+  for (int i = 0; i < tally.values; ++i) guessed += times[i];
+  if (2 * guessed < end - begin) tally.values = 0;
+  std::sort(tally.value, tally.value + tally.values, std::greater<uint32_t>());
+}
+
+// What the sample suggests for the k-th: the magnitudes within five standard deviations of its rank.
 void bracket(Search& search, uint32_t* samples, int64_t count, int64_t elements) {
   const double share = static_cast<double>(search.rank) / static_cast<double>(elements);
   const double middle = share * static_cast<double>(count);
-  const double margin = 8 * std::sqrt(middle * (1 - share)) + 8;
-  const auto at_rank = [&](double rank, uint32_t beyond) {
-    if (rank < 0 || rank >= static_cast<double>(count)) return beyond;
-    std::nth_element(samples, samples + static_cast<int64_t>(rank), samples + count, std::greater<uint32_t>());
-    return samples[static_cast<int64_t>(rank)];
-  };
-  const uint32_t high = at_rank(middle - margin, INFINITE);
-  search_in(search.census, std::min(at_rank(middle + margin, 0), high), high);
+  const double margin = 5 * std::sqrt(middle * (1 - share)) + 5;
+  const auto first = static_cast<int64_t>(std::max(middle - margin, 0.0));
+  const auto last = static_cast<int64_t>(std::min(middle + margin, static_cast<double>(count - 1)));
+  const auto larger = std::greater<uint32_t>();
+  std::nth_element(samples, samples + first, samples + count, larger);
+  std::nth_element(samples + first, samples + last, samples + count, larger);
+  std::sort(samples + first, samples + last + 1, larger);
+  search_in(search.census, last < count - 1 ? samples[last] : 0, first > 0 ? samples[first] : INFINITE);
+  guess(search.tally, samples + first, samples + last + 1);
 }
 
 void sample(const Group& group, const Kernels& kernels, Desk& desk, char* block, int64_t elements) {
@@ -120,7 +154,8 @@ void sample(const Group& group, const Kernels& kernels, Desk& desk, char* block,
       const int count = static_cast<int>(std::min<int64_t>(RUN, tensor.elements - at));
       kernels.deltas(tensor, at, count, true, scratch);
       for (int model = 0; model < like.models; ++model) {
-        for (int i = 0; i < count; ++i) desk.samples[model * SAMPLES + taken + i] = magnitude_of(scratch.wide[model * CHUNK + i]);
+        for (int i = 0; i < count; ++i)
+          desk.samples[model * SAMPLES + taken + i] = magnitude_of(scratch.wide[model * CHUNK + i]);
       }
       taken += count;
     }
@@ -131,9 +166,33 @@ void sample(const Group& group, const Kernels& kernels, Desk& desk, char* block,
   }
 }
 
-// What a finished census says: the magnitude, or a narrower bracket.
-void conclude(Search& search) {
-  const Census census = search.census;
+void found(Search& search, uint32_t magnitude, int64_t above, int64_t equal) {
+  search.found = true;
+  search.magnitude = magnitude;
+  search.wanted = search.rank - above;
+  search.equal = equal;
+}
+
+// What finished counts say: the magnitude, or on which side of which guess to look next.
+void conclude(Search& search, const Tally& tally) {
+  uint32_t low = 0, high = INFINITE;
+  for (int i = 0; i < tally.values; ++i) {
+    if (search.rank <= tally.above[i]) {
+      low = tally.value[i] + 1;
+      break;
+    }
+    if (search.rank <= tally.above[i] + tally.equal[i]) {
+      search.guess = i;
+      return found(search, tally.value[i], tally.above[i], tally.equal[i]);
+    }
+    high = tally.value[i] - 1;
+  }
+  search.tally.values = 0;
+  search_in(search.census, low, high);
+}
+
+// What a finished census says: the magnitude as the only guess, or a narrower bracket.
+void conclude(Search& search, const Census& census) {
   if (census.above >= search.rank) return search_in(search.census, census.high + 1, INFINITE);
   int64_t above = census.above;
   for (int bin = BINS - 1; bin >= 0; --bin) {
@@ -145,63 +204,70 @@ void conclude(Search& search) {
     if (census.shift > 0) {
       return search_in(search.census, low, std::min(census.high, low + (1u << census.shift) - 1));
     }
-    search.found = true;
-    search.magnitude = low;
-    search.wanted = search.rank - above;
-    search.equal = census.bins[bin];
+    if (above + census.bins[bin] == search.rank) return found(search, low, above, census.bins[bin]);
+    search.tally = {1, {low}, {}, {}};  // to learn which of the equals stay
     return;
   }
   search_in(search.census, 0, census.low - 1);
 }
 
-void count_tile(const Tile& tile, const Kernels& kernels, Desk& desk, char* block) {
+void conclude(Search& search) {
+  if (search.tally.values > 0) {
+    const Tally tally = search.tally;
+    conclude(search, tally);
+  } else {
+    const Census census = search.census;
+    conclude(search, census);
+  }
+}
+
+void count_tile(const Group& group, int64_t number, const Kernels& kernels, Desk& desk, char* block) {
   static std::mutex mutex;  // never held while an input is read
+  const Tile tile = tile_at(group, number);
   const Tensor& tensor = *tile.tensor;
   Scratch scratch(block, tensor.inputs);
   Census* censuses = censuses_at(block, tensor);
+  Tally* tallies = reinterpret_cast<Tally*>(censuses + tensor.models);
   for (int model = 0; model < tensor.models; ++model) {
-    const Census& shared = desk.searches[model].census;
-    censuses[model] = {shared.low, shared.high, shared.shift, 0, {}};
+    const Search& search = desk.searches[model];
+    censuses[model] = {search.census.low, search.census.high, search.census.shift, 0, {}};
+    tallies[model] = search.tally;
+    std::fill_n(tallies[model].above, CANDIDATES, 0);
+    std::fill_n(tallies[model].equal, CANDIDATES, 0);
   }
   for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
     const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
     kernels.deltas(tensor, at, count, true, scratch);
     for (int model = 0; model < tensor.models; ++model) {
-      if (!desk.searches[model].found) kernels.census(scratch.wide + model * CHUNK, count, censuses[model]);
+      const float* deltas = scratch.wide + model * CHUNK;
+      if (desk.searches[model].found) continue;
+      if (tallies[model].values > 0) {
+        kernels.tally(deltas, count, tallies[model]);
+      } else {
+        kernels.census(deltas, count, censuses[model]);
+      }
     }
   }
   const std::lock_guard<std::mutex> lock(mutex);
   for (int model = 0; model < tensor.models; ++model) {
-    if (desk.searches[model].found) continue;
-    Census& shared = desk.searches[model].census;
-    shared.above += censuses[model].above;
-    for (int bin = 0; bin < BINS; ++bin) shared.bins[bin] += censuses[model].bins[bin];
-  }
-}
-
-bool some_equals_go(const Search& search) { return search.wanted < search.equal; }
-
-void count_equals(const Tile& tile, int64_t number, const Kernels& kernels, Desk& desk, char* block) {
-  const Tensor& tensor = *tile.tensor;
-  Scratch scratch(block, tensor.inputs);
-  for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
-    const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
-    kernels.deltas(tensor, at, count, true, scratch);
-    for (int model = 0; model < tensor.models; ++model) {
-      const Search& search = desk.searches[model];
-      if (!some_equals_go(search)) continue;
-      desk.equals[number * tensor.models + model] += kernels.equals(scratch.wide + model * CHUNK, count, search.magnitude);
+    Search& search = desk.searches[model];
+    if (search.found) continue;
+    for (int i = 0; i < search.tally.values; ++i) {
+      search.tally.above[i] += tallies[model].above[i];
+      search.tally.equal[i] += tallies[model].equal[i];
+      desk.equal(number, model, i) = tallies[model].equal[i];
     }
+    if (search.tally.values > 0) continue;
+    search.census.above += censuses[model].above;
+    for (int bin = 0; bin < BINS; ++bin) search.census.bins[bin] += censuses[model].bins[bin];
   }
 }
 
-// One past the element that is the last of its equals to be kept.
+// One past the element that is the last of its equals to be kept, where not all are.
 int64_t ties_end(const Group& group, int model, const Kernels& kernels, const Desk& desk, char* block) {
   const Search& search = desk.searches[model];
   int64_t number = 0, left = search.wanted;
-  for (int models = group.front().models; left > desk.equals[number * models + model]; ++number) {
-    left -= desk.equals[number * models + model];
-  }
+  for (; left > desk.equal(number, model, search.guess); ++number) left -= desk.equal(number, model, search.guess);
   const Tile tile = tile_at(group, number);
   Scratch scratch(block, tile.tensor->inputs);
   for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
@@ -221,35 +287,35 @@ template <class Over>
 void select(const Group& group, const int64_t* ranks, Cut* cuts, const Kernels& kernels, Desk& desk, const Over& over) {
   const int models = group.front().models;
   const int64_t elements = elements_of(group);
-  const auto any = [&](bool (*property)(const Search&)) { return std::any_of(desk.searches, desk.searches + models, property); };
+  const auto any = [&](bool (*property)(const Search&)) {
+    return std::any_of(desk.searches, desk.searches + models, property);
+  };
 
   for (int model = 0; model < models; ++model) {
     const bool bounded = ranks[model] > 0 && ranks[model] < elements;
-    desk.searches[model] = {ranks[model], !bounded, ranks[model] > 0 ? 0 : INFINITE, 0, 0, {}};
+    desk.searches[model] = {ranks[model], !bounded, ranks[model] > 0 ? 0 : INFINITE, 0, 0, 0, {}, {}};
   }
   const auto searching = [](const Search& search) { return !search.found; };
   if (!any(searching)) {
     for (int model = 0; model < models; ++model) {
-      cuts[model] = {from_bits(desk.searches[model].magnitude), ranks[model] > 0 ? std::numeric_limits<int64_t>::max() : 0};
+      cuts[model] = {from_bits(desk.searches[model].magnitude),
+                     ranks[model] > 0 ? std::numeric_limits<int64_t>::max() : 0};
     }
     return;
   }
   over(1, [&](int64_t, char* block) { sample(group, kernels, desk, block, elements); });
   while (any(searching)) {
-    over(tiles_of(group), [&](int64_t tile, char* block) { count_tile(tile_at(group, tile), kernels, desk, block); });
+    over(tiles_of(group), [&](int64_t tile, char* block) { count_tile(group, tile, kernels, desk, block); });
     for (int model = 0; model < models; ++model) {
       if (!desk.searches[model].found) conclude(desk.searches[model]);
     }
-  }
-  if (any(some_equals_go)) {
-    over(tiles_of(group), [&](int64_t tile, char* block) { count_equals(tile_at(group, tile), tile, kernels, desk, block); });
   }
   over(1, [&](int64_t, char* block) {
     for (int model = 0; model < models; ++model) {
       const Search& search = desk.searches[model];
       const int64_t all = ranks[model] > 0 ? std::numeric_limits<int64_t>::max() : 0;
       cuts[model] = {from_bits(search.magnitude),
-                     some_equals_go(search) ? ties_end(group, model, kernels, desk, block) : all};
+                     search.wanted < search.equal ? ties_end(group, model, kernels, desk, block) : all};
     }
   });
 }
@@ -277,7 +343,7 @@ void threshold(const std::vector<Group>& groups, const std::vector<const int64_t
   parallel(static_cast<int64_t>(alone.size()), crew.threads, desk_bytes + block_bytes, crew.tick,
            [&](int64_t item, char* memory) {
              const size_t g = alone[static_cast<size_t>(item)];
-             Desk desk(memory, groups[g].front().models, tiles_of(groups[g]));
+             Desk desk(memory, groups[g].front().models);
              char* block = memory + desk_bytes;
              select(groups[g], ranks[g], cuts[g], kernels, desk, [&](int64_t items, const auto& work) {
                for (int64_t at = 0; at < items; ++at) work(at, block);
@@ -288,12 +354,14 @@ void threshold(const std::vector<Group>& groups, const std::vector<const int64_t
     if (elements_of(groups[g]) <= ALONE) continue;
     const Tensor& like = groups[g].front();
     std::vector<char> memory(Desk::bytes(like.models, tiles_of(groups[g])));
-    Desk desk(memory.data(), like.models, tiles_of(groups[g]));
+    Desk desk(memory.data(), like.models);
     select(groups[g], ranks[g], cuts[g], kernels, desk, [&](int64_t items, const auto& work) {
-      parallel(items, crew.threads, worker_bytes(like), [&](int64_t) { crew.tick(0); }, [&](int64_t item, char* block) {
-        work(item, block);
-        return int64_t{0};
-      });
+      parallel(
+          items, crew.threads, worker_bytes(like), [&](int64_t) { crew.tick(0); },
+          [&](int64_t item, char* block) {
+            work(item, block);
+            return int64_t{0};
+          });
     });
     crew.tick(bytes_read(groups[g]));
   }

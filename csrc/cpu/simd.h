@@ -1,8 +1,8 @@
 // Lanes: the vector operations that kernels.inl and stages.h are written in, once per instruction set.
 //
 // Each `isa_*.cpp` includes exactly one of these, by the flags it is compiled with, inside its own namespace. F holds
-// `width` floats, U as many 32-bit words, M a mask; D holds float64 lanes, two of which cover an F. Loads and stores may
-// be misaligned. `draws` are the 16-bit random pieces of random.h, in the order of the elements.
+// `width` floats, U as many 32-bit words, M a mask; D holds float64 lanes, two of which cover an F. Loads and stores
+// may be misaligned. `draws` are the 16-bit random pieces of random.h, in the order of the elements.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -68,9 +68,7 @@ struct Lanes {
   static U word(uint32_t value) { return {_mm512_set1_epi32(static_cast<int>(value))}; }
   static U load(const uint32_t* from) { return {_mm512_loadu_si512(from)}; }
   static void store(uint32_t* to, U value) { _mm512_storeu_si512(to, value.v); }
-  static U magnitude(F value) {
-    return {_mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff))};
-  }
+  static U magnitude(F value) { return {_mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff))}; }
   static F absolute(F value) { return _mm512_castsi512_ps(magnitude(value).v); }
   static U max(U a, U b) { return {_mm512_max_epu32(a.v, b.v)}; }
   static M at_least(U a, U b) { return _mm512_cmpge_epu32_mask(a.v, b.v); }
@@ -154,8 +152,8 @@ struct Lanes {
     } else {
       const __m256i bits = _mm256_castps_si256(value);
       const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-      const __m256i up = _mm256_srli_epi32(
-          _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+      const __m256i up =
+          _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
       half = _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
@@ -172,9 +170,7 @@ struct Lanes {
   static U word(uint32_t value) { return {_mm256_set1_epi32(static_cast<int>(value))}; }
   static U load(const uint32_t* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
   static void store(uint32_t* to, U value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value.v); }
-  static U magnitude(F value) {
-    return {_mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fffffff))};
-  }
+  static U magnitude(F value) { return {_mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fffffff))}; }
   static F absolute(F value) { return _mm256_castsi256_ps(magnitude(value).v); }
   static U max(U a, U b) { return {_mm256_max_epu32(a.v, b.v)}; }
   static M at_least(U a, U b) { return equal(max(a, b), a); }

@@ -1,0 +1,61 @@
+# The doors: make demo, make test, make lint, make bench. Each installs what it needs into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+# Pinned for development, so that a red test is ours; the package itself has no upper bounds.
+TORCH := torch==2.13.0
+LINTERS := clang-format==23.1.5 mypy==2.4.1 ruff==0.17.6 types-PyYAML
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BUILD := --config-settings=cmake.define.FASTMERGE_WERROR=ON
+CORE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+CPP := $(shell find csrc bench -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+PYTHONS := fastmerge kernels tests bench
+
+.PHONY: demo test lint format bench clean
+
+demo: .venv/built
+	$(BIN)/fastmerge demo
+
+test: .venv/built .venv/tests .venv-mergekit/built
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/built .venv/linters
+	$(BIN)/ruff check $(PYTHONS)
+	$(BIN)/ruff format --check $(PYTHONS)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: .venv/linters
+	$(BIN)/ruff check --fix $(PYTHONS)
+	$(BIN)/ruff format $(PYTHONS)
+	$(BIN)/clang-format -i $(CPP)
+
+# make bench OP=merge CASE=mlp METHOD=ties runs one op on one case.
+bench: .venv/built .venv/tests .venv-mergekit/built
+	$(BIN)/python -m pytest bench $(if $(OP),--op $(OP)) $(if $(CASE),--case $(CASE)) $(if $(METHOD),--method $(METHOD)) $(ARGS)
+
+clean:
+	rm -rf .venv .venv-mergekit build
+
+.venv/python:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/built: .venv/python $(CORE)
+	$(PIP) --editable . $(BUILD)
+	touch $@
+
+.venv/tests: .venv/built
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[test,bench]' $(BUILD)
+	touch $@
+
+.venv/linters: .venv/python
+	$(PIP) $(LINTERS)
+	touch $@
+
+# The peer that our numbers are held against, in an environment of its own; without it those tests are skipped.
+.venv-mergekit/built:
+	$(PYTHON) -m venv .venv-mergekit
+	-.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) && \
+	.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check mergekit==0.1.5
+	touch $@

@@ -1,0 +1,171 @@
+"""The cases of the bench: shapes of real models, in buffers that caches cannot flatter, and the settings of each method.
+
+Bytes of traffic per element, in a dtype of `s` bytes, each input read once and each output written once:
+
+    merge      linear 3 + 1, task_arithmetic, ties and dare 4 + 1, slerp's sweep 2 + 1, passthrough 1 + 1, times s
+    whole      as its merge: a second read, for what it measures, is the op's own affair
+    threshold  4 s      norms  4 s      gram  as many as its tensors, times s
+
+What a store itself reads (a cache line before it is overwritten) is not counted, neither for us nor for the ceiling.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from itertools import cycle
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastmerge.backends import Provider
+from fastmerge.methods import METHODS, Base, Measured, Method, Settings, ranks
+from fastmerge.sweep import SWEPT, Inputs, Run, Sweep, Target, View
+
+TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MODELS = 3  # and a base
+PARAMETERS = {"density": 0.2, "t": 0.3}
+WEIGHTS = (0.5, 0.3, 0.4)  # their sum is not 1, so that a mean has something to divide by
+
+
+class Case(NamedTuple):
+    """Some tensors of one shape, merged in one call."""
+
+    tensors: int
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Of one tensor."""
+        return math.prod(self.shape)
+
+
+CASES = {
+    "mlp": Case(1, (14336, 4096)),  # 58.7 M: a projection of Llama 3.1 8B
+    "attention": Case(1, (4096, 4096)),  # 16.8 M: of the same
+    "embedding": Case(1, (50257, 768)),  # 38.6 M: the tokens of GPT-2
+    "norm": Case(161, (8192,)),  # 1.3 M: every norm of Llama 3.1 70B
+}
+
+
+class Set(NamedTuple):
+    """A base, its fine-tunes and room for an output: one array each, with the tensors of the case end to end."""
+
+    models: tuple[np.ndarray, ...]  # uint8, as are the others
+    base: np.ndarray
+    out: np.ndarray
+
+
+class Buffers:
+    """Equal sets of tensors, taken in turn: by the time one comes round again no cache holds any of it."""
+
+    def __init__(self, case: Case, dtype: str) -> None:
+        self.case = case
+        self.dtype = dtype
+        nbytes = case.tensors * case.elements * SWEPT[dtype]
+        first = _filled(case.tensors * case.elements, dtype)
+        least = 2 * nbytes  # what the leanest op, a copy, touches
+        copies = math.ceil(4 * _last_cache_bytes() / least) - 1
+        self._sets = [first, *(Set(tuple(map(_copied, first.models)), *map(_copied, first[1:])) for _ in range(copies))]
+        self._turns = cycle(range(len(self._sets)))
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def turn(self) -> int:
+        """The number of the set to use now."""
+        return next(self._turns)
+
+    def inputs(self, models: int, based: bool, number: int = 0) -> list[Inputs]:
+        """What an op reads of a set: the models, and deltas from the base or the base as the first of them."""
+        each = self._sets[number]
+        arrays = each.models[:models] if based else (each.base, *each.models)[-models:]
+        return [
+            Inputs(
+                self.case.elements,
+                tuple(View(array.ctypes.data + offset, self.dtype) for array in arrays),
+                View(each.base.ctypes.data + offset, self.dtype) if based else None,
+            )
+            for offset in self._offsets()
+        ]
+
+    def targets(self, number: int = 0) -> list[list[Target]]:
+        address = self._sets[number].out.ctypes.data
+        return [[Target(self.dtype, address + offset)] for offset in self._offsets()]
+
+    def out(self, number: int = 0) -> np.ndarray:
+        """The output's bytes."""
+        return self._sets[number].out
+
+    def _offsets(self) -> list[int]:
+        nbytes = self.case.elements * SWEPT[self.dtype]
+        return [nbytes * tensor for tensor in range(self.case.tensors)]
+
+
+def read_by(row: Method) -> tuple[int, bool]:
+    """How many models a method reads here, and whether it takes deltas from a base beside them."""
+    return min(MODELS, row.models[1] or MODELS), row.base is Base.ORIGIN
+
+
+def settings(row: Method, models: int) -> Settings:
+    """A method's settings for a tensor: its defaults, and what the bench sets."""
+    shared = {p.name: PARAMETERS.get(p.name, p.default) for p in row.parameters if not p.per_model}
+    own = [p for p in row.parameters if p.per_model]
+    each = tuple(
+        {p.name: WEIGHTS[i] if p.name == "weight" else PARAMETERS.get(p.name, p.default) for p in own}
+        for i in range(models)
+    )
+    return Settings(shared, each, tuple(range(1, models + 1)))
+
+
+def sweeps(provider: Provider, method: str, tensors: Sequence[Inputs], run: Run) -> list[list[Sweep]]:
+    """The sweep of each tensor, after measuring what the method wants to know, as the engine does it."""
+    row = METHODS[method]
+    own = settings(row, len(tensors[0].models))
+    cuts = gram = None
+    if row.selects:
+        cuts = provider.threshold([[each] for each in tensors], [ranks(own, each.elements) for each in tensors], run)
+    if row.gram:
+        gram = provider.gram(tensors, run)
+    return [
+        [row.sweep(own, Measured(cuts[i] if cuts else (), gram[i].tolist() if gram else ()))]
+        for i in range(len(tensors))
+    ]
+
+
+def _filled(elements: int, dtype: str) -> Set:
+    """A base like trained weights, fine-tunes like trained ones: small deltas, many of them lost to the dtype."""
+    base = np.random.default_rng(0).standard_normal(elements, np.float32) * np.float32(0.02)
+    models = []
+    for seed in range(1, MODELS + 1):
+        model = np.random.default_rng(seed).standard_normal(elements, np.float32)
+        model *= np.float32(0.001)
+        model += base
+        models.append(_narrowed(model, dtype))
+    return Set(tuple(models), _narrowed(base, dtype), _room(elements * SWEPT[dtype]))
+
+
+def _narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
+    return _copied(torch.from_numpy(values).to(TORCH[dtype]).view(torch.uint8).numpy())
+
+
+def _copied(raw: np.ndarray) -> np.ndarray:
+    room = _room(raw.size)
+    room[:] = raw
+    return room
+
+
+def _room(nbytes: int) -> np.ndarray:
+    """Bytes that begin at a page, as a mapped file does, and are there: the first touch of a page is not timed."""
+    whole = np.full(nbytes + 4096, 0xFF, np.uint8)
+    start = -whole.ctypes.data % 4096
+    return whole[start : start + nbytes]
+
+
+def _last_cache_bytes() -> int:
+    try:
+        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 32 << 20
+    except (ValueError, OSError):
+        return 32 << 20
