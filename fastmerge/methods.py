@@ -110,7 +110,7 @@ def _ties(settings: Settings, measured: Measured) -> Sweep:
             weight,
             _inverse(False, settings, model),
             magnitude=cut.magnitude,
-            ties_end=EVERY if every and cut.ties_end > 0 else cut.ties_end,
+            ties_end=EVERY if every and _number(model, "density") > 0.0 else cut.ties_end,
         )
         for weight, model, cut in zip(_weights(settings), settings.models, measured.cuts, strict=True)
     )

@@ -1,6 +1,6 @@
 """The four ops in plain PyTorch: the definition of every stage, and the provider where nothing is compiled.
 
-Deltas, votes and sums are float32, or float64 where any view or target is F64; measured sums are float64. Elements
+Deltas, votes and sums are float32, or float64 where any view is F64; measured sums are float64. Elements
 stand alone or are summed in fixed blocks, so no result depends on the tile. The random bits of an element are those of
 Philox4x32 with 7 rounds (Salmon et al., SC 2011) at the element's flat index.
 """
@@ -317,7 +317,7 @@ def _merge(inputs: Inputs, sweeps: Sequence[Sweep], targets: Sequence[Target], r
         return _copy(inputs, targets, run)
     views = _views(inputs)
     nonfinite, first, overflow = [0] * len(views), [-1] * len(views), [0] * len(targets)
-    arithmetic = _arithmetic([*views, *targets])
+    arithmetic = _arithmetic(views)
     for begin, models, base in _tiles(inputs, run.tile, run, arithmetic):
         for i, values in enumerate(models if base is None else [*models, base]):
             places = (~values.isfinite()).nonzero()
@@ -359,8 +359,8 @@ def _views(inputs: Inputs) -> tuple[View, ...]:
     return inputs.models if inputs.base is None else (*inputs.models, inputs.base)
 
 
-def _arithmetic(places: Sequence[View | Target]) -> torch.dtype:
-    return torch.float64 if any(place.dtype == "F64" for place in places) else torch.float32
+def _arithmetic(views: Sequence[View]) -> torch.dtype:
+    return torch.float64 if any(view.dtype == "F64" for view in views) else torch.float32
 
 
 def _load(view: View, begin: int, end: int) -> Tensor:

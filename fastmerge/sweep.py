@@ -58,7 +58,7 @@ class Mean(IntEnum):
     SUM = 0  # by `Sweep.divisor`, the same for each element
     WEIGHTS = 1  # by the sum of the agreeing weights
     COUNT = 2  # by the number of agreeing models
-    CONTRIBUTORS = 3  # by the number of models whose kept delta is not zero
+    CONTRIBUTORS = 3  # by the number of models whose voice (D_i or d_i, as Elect says) is not zero
 
 
 class Rescale(IntEnum):

@@ -15,7 +15,10 @@ from fastmerge import reference
 from fastmerge.methods import METHODS, Measured, Method, Settings, ranks, rescale_of
 from fastmerge.sweep import SWEPT, Cut, Found, Inputs, Rescale, Run, Sweep, Target, View
 
-ISAS = ("scalar", "avx2", "avx512", "neon")
+try:
+    from fastmerge.native import ISAS
+except ImportError:
+    ISAS = ()
 TORCH = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -28,9 +31,9 @@ SIZES = SWEPT | {"F64": 8}
 # --- every provider, every instruction set ---
 
 
-@pytest.fixture(params=("torch", *ISAS))
+@pytest.fixture(params=("torch", *(ISAS or ["compiled"])))
 def provider(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The reference, then the compiled core forced to each instruction set."""
+    """The reference, then the compiled core forced to each instruction set of this build."""
     if request.param == "torch":
         yield reference
         return

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -242,7 +242,9 @@ def mergekit_python() -> Path:
     root = Path(__file__).parents[1]
     script = Path(os.environ.get(SETTING) or root / ".venv-mergekit" / "bin" / "mergekit-yaml")
     if not script.is_file():
-        pytest.skip(f"mergekit 0.1.5 is not there: install it into .venv-mergekit, or name its mergekit-yaml in {SETTING}")
+        pytest.skip(
+            f"mergekit 0.1.5 is not there: install it into .venv-mergekit, or name its mergekit-yaml in {SETTING}"
+        )
     python = script.parent / "python"
     asked = "from importlib.metadata import version; print(version('mergekit'))"
     version = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
@@ -268,7 +270,11 @@ def shapes() -> dict[str, tuple[int, ...]]:
         **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
     }
     every = {f"model.layers.{n}.{name}.weight": shape for n in range(LAYERS) for name, shape in layer.items()}
-    return {"model.embed_tokens.weight": (ROWS, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (ROWS, HIDDEN)} | every
+    return {
+        "model.embed_tokens.weight": (ROWS, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (ROWS, HIDDEN),
+    } | every
 
 
 def write_models(place: Path) -> None:
@@ -315,3 +321,53 @@ def test_the_same_numbers(outputs: Outputs, name: str) -> None:
         far = ulps_apart(found, expected) > 4
         beyond = (found - expected).abs()[far].tolist()
         assert all(error <= 1e-6 * worst for error in beyond), f"{tensor}: {max(beyond)} of {worst}"
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *OUT_DTYPES])
+def test_the_same_config(outputs: Outputs, name: str) -> None:
+    theirs, ours = (json.loads((place / name / "config.json").read_text()) for place in (outputs.theirs, outputs.ours))
+    for key in ("architectures", "num_hidden_layers", "hidden_size", "vocab_size", "tie_word_embeddings"):
+        assert ours[key] == theirs[key], key
+    if not name.startswith("mixed"):  # there mergekit names the dtype of one of the models, whatever it wrote
+        assert ours["dtype"] == theirs["dtype"]
+
+
+@pytest.mark.parametrize("name", OUT_DTYPES)
+def test_the_same_output_dtypes(outputs: Outputs, name: str) -> None:
+    theirs, ours = outputs.both(name)
+    assert ours.keys() == theirs.keys()
+    for tensor, expected in theirs.items():
+        assert ours[tensor].dtype == expected.dtype
+        error = (ours[tensor].double() - expected.double()).abs()
+        spacing = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[expected.dtype]
+        assert (error <= spacing * expected.double().abs() + 1e-6 * float(expected.abs().max())).all(), tensor
+
+
+def ulps_apart(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    """How many float32 values lie between, element by element."""
+
+    def place(values: torch.Tensor) -> torch.Tensor:
+        bits = values.contiguous().view(torch.int32).long()
+        return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+    return (place(one) - place(two)).abs()
+
+
+# --- bf16: nearer to the papers ---
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_in_bf16_our_largest_error_is_not_above_theirs(outputs: Outputs, name: str) -> None:
+    theirs, ours = outputs.both(f"bf16-{name}")
+    parents = [loaded(outputs.models / "bf16" / model) for model in MODELS]
+    largest = [0.0, 0.0]
+    for tensor in parents[0]:
+        base, *models = (parent[tensor].double().numpy().ravel() for parent in parents)
+        expected = ORACLES[name](base, models)
+        _, exponent = np.frexp(expected)  # |value| in [0.5, 1) * 2**exponent; bf16 has 8 significant bits
+        ulp = np.ldexp(1.0, np.maximum(exponent, -125) - 8)
+        for place, found in enumerate((ours, theirs)):
+            assert found[tensor].dtype == torch.bfloat16
+            error = np.abs(found[tensor].double().numpy().ravel() - expected) / ulp
+            largest[place] = max(largest[place], float(error.max()))
+    assert largest[0] <= largest[1] + 0.01

@@ -1,0 +1,78 @@
+"""How far a merge is from float64: ours, and the same maths as one writes it in eager PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from cases import TORCH
+from torch import Tensor
+
+from fastmerge import reference
+from fastmerge.sweep import SWEPT, Elect, Inputs, Sweep, View
+
+_PRECISION = {"F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}  # significant bits, least exponent
+
+
+def ulps(values: Tensor, exact: Tensor, inputs: Inputs, dtype: str) -> Tensor:
+    """Errors in units of the last place, in `dtype`, of the exact value or of the largest input, whichever is larger.
+
+    0.5 is a perfect rounding. The inputs count because where they cancel, the last place of what is left means nothing.
+    """
+    models, base = _loaded(inputs)
+    largest = exact.abs()
+    for each in models if base is None else [*models, base]:
+        largest = torch.maximum(largest, each.abs())
+    bits, least = _PRECISION[dtype]
+    _, exponent = torch.frexp(largest)  # |value| in [0.5, 1) * 2**exponent
+    unit = torch.ldexp(torch.ones_like(exact), exponent.clamp(min=least + 1) - bits)
+    return (values.to(torch.float64) - exact).abs() / unit
+
+
+def exact(inputs: Inputs, sweep: Sweep) -> Tensor:
+    """The sweep in float64, of the same inputs, with the same random drops."""
+    models, base = _loaded(inputs)
+    wide = [model.to(torch.float64) for model in models]
+    return reference.sweep_tile(wide, None if base is None else base.to(torch.float64), sweep, 0)
+
+
+def eager(inputs: Inputs, sweep: Sweep) -> Tensor:
+    """The sweep in the tensors' own dtype, a PyTorch line per stage; only what is kept of a delta is told to it."""
+    models, base = _loaded(inputs)
+    deltas = []
+    for model, part in zip(models, sweep.parts, strict=True):
+        full = reference.delta(model.float(), None if base is None else base.float())
+        kept = reference.keep(full, sweep.keep, part, 0) != 0
+        deltas.append(torch.where(kept, model if base is None else model - base, 0) * part.rescale)
+    weighted = torch.stack([d * part.weight for d, part in zip(deltas, sweep.parts, strict=True)])  # [M, n]
+    if sweep.elect is Elect.NONE:
+        merged = weighted.sum(0) / sweep.divisor
+    else:
+        agree = (weighted.sign() == torch.where(weighted.sum(0) >= 0, 1, -1)) & (weighted != 0)
+        weights = torch.tensor([part.weight for part in sweep.parts], dtype=weighted.dtype)[:, None]
+        mass = (agree * weights).sum(0) if sweep.mean else torch.tensor(sweep.divisor)
+        merged = (weighted * agree).sum(0) / torch.where(mass == 0, 1, mass)
+    merged = merged * sweep.lambda_
+    return merged if base is None else base + merged
+
+
+def tensor_at(raw: np.ndarray, dtype: str) -> Tensor:
+    """Some bytes as a flat tensor."""
+    return torch.from_numpy(raw).view(TORCH[dtype])
+
+
+def _loaded(inputs: Inputs) -> tuple[list[Tensor], Tensor | None]:
+    models = [_at(view, inputs.elements) for view in inputs.models]
+    return models, None if inputs.base is None else _at(inputs.base, inputs.elements)
+
+
+def _at(view: View, elements: int) -> Tensor:
+    memory = (ctypes.c_uint8 * (elements * SWEPT[view.dtype])).from_address(view.address)
+    return torch.frombuffer(memory, dtype=torch.uint8).clone().view(TORCH[view.dtype])
+
+
+def worst(errors: Sequence[Tensor]) -> float:
+    """The largest error of several tensors."""
+    return max(float(each.max()) for each in errors)

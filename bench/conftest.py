@@ -1,0 +1,177 @@
+"""What the benches share: their options, the choice of what runs, the table at the end and the rows of the CSV."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import ceiling
+import pytest
+
+from fastmerge import backends, native
+from fastmerge.sweep import Run
+
+_CHOICES = ("op", "case", "method")
+_ROWS = pytest.StashKey[list["Row"]]()
+
+
+class Ratio(NamedTuple):
+    """Pairwise ratios of times taken in turn on a shared machine: their median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+        ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+        if len(ratios) == 1:
+            return cls(ratios[0], ratios[0], ratios[0])
+        low, median, high = statistics.quantiles(ratios, method="inclusive")
+        return cls(median, low, high)
+
+
+class Row(NamedTuple):
+    """One figure. Rates are logical bytes, each input and output once, over median seconds."""
+
+    op: str
+    case: str
+    method: str
+    dtype: str
+    seconds: float
+    gbps: float
+    ceiling_gbps: float | None = None
+    share: Ratio | None = None  # of the ceiling: its time over ours
+    times: Ratio | None = None  # how much slower than its sweep alone, or faster than the peer
+    against: str = ""  # what `times` compares with
+    error_ulp: float | None = None  # largest, against float64, in units of the output's last place
+    peer_error_ulp: float | None = None
+    peer: str = ""  # eager torch, or mergekit with its version
+    anonymous_mb: float | None = None  # peak of sampled RssAnon
+    resident_mb: float | None = None  # ru_maxrss: mapped files too
+    peer_seconds: float | None = None
+    peer_resident_mb: float | None = None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastmerge bench")
+    for choice in _CHOICES:
+        group.addoption(f"--{choice}", help=f"only this {choice}, or several with commas between")
+    group.addoption("--dtype", default="BF16", choices=("BF16", "F16", "F32"), help="of the tensors in memory")
+    group.addoption("--threads", type=int, default=backends.threads(), help="of ours and of the ceiling")
+    group.addoption("--rounds", type=int, default=15, help="rounds in memory, ceiling and op in turn")
+    group.addoption("--params", type=float, default=0.3e9, help="parameters of each model on disk")
+    group.addoption("--csv", type=Path, help="a file that grows by a row per figure")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # bare times of a shared machine; the table at the end has ratios
+    config.option.benchmark_disable_gc = True
+    config.stash[_ROWS] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for choice in _CHOICES:
+        wanted = config.getoption(choice)
+        if not wanted:
+            continue
+        there = {item: item.callspec.params[choice] for item in items}
+        if unknown := set(wanted.split(",")) - set(there.values()):
+            names = ", ".join(sorted(set(there.values())))
+            raise pytest.UsageError(f"no bench has --{choice} {', '.join(sorted(unknown))}; there are {names}")
+        config.hook.pytest_deselected(items=[item for item in items if there[item] not in wanted.split(",")])
+        items[:] = [item for item in items if there[item] in wanted.split(",")]
+
+
+@pytest.fixture(scope="session")
+def run(request: pytest.FixtureRequest) -> Run:
+    return Run(request.config.getoption("threads"))
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
+    """Keeps a row for the table, and writes it to the CSV at once: a run that is cut short keeps what it measured."""
+
+    def keep(row: Row) -> None:
+        config = request.config
+        config.stash[_ROWS].append(row)
+        if path := config.getoption("csv"):
+            _append(path, row, config.getoption("threads"))
+
+    return keep
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash[_ROWS]
+    if not rows:
+        return
+    about = _about(config.getoption("threads"))
+    terminalreporter.section("fastmerge bench")
+    terminalreporter.line(", ".join(f"{key} {value}" for key, value in about.items()))
+    terminalreporter.line("share: the ceiling's time over ours; medians of pairs taken in turn (quartiles)")
+    lines = [list(_HEADINGS), *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
+    for line in lines:
+        terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+_HEADINGS = ("op", "method", "case", "seconds", "GB/s", "ceiling", "share", "against", "ulp", "MB anonymous")
+
+
+def _cells(row: Row) -> list[str]:
+    share = f"{row.share.median:.0%} ({row.share.low:.0%} to {row.share.high:.0%})" if row.share else ""
+    against = f"{row.times.median:.2f} x {row.against}" if row.times else ""
+    error = "" if row.error_ulp is None else f"{row.error_ulp:.3f}"
+    peer = "" if row.peer_error_ulp is None else f" ({row.peer} {row.peer_error_ulp:.3g})"
+    memory = "" if row.anonymous_mb is None else f"{row.anonymous_mb:.0f}"
+    if row.peer_resident_mb is not None:
+        memory += f" ({row.peer} {row.peer_resident_mb:.0f} resident)"
+    rates = [f"{row.gbps:.1f}", "" if row.ceiling_gbps is None else f"{row.ceiling_gbps:.1f}"]
+    return [row.op, row.method, row.case, f"{row.seconds:.4f}", *rates, share, against, error + peer, memory]
+
+
+def _append(path: Path, row: Row, threads: int) -> None:
+    values = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **_about(threads)}
+    for key, value in row._asdict().items():
+        if isinstance(value, Ratio) or key in ("share", "times"):
+            values |= {f"{key}_{name}": getattr(value, name, "") for name in Ratio._fields}
+        else:
+            values[key] = value
+    shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, shown)
+        if new:
+            writer.writeheader()
+        writer.writerow(shown)
+
+
+def _about(threads: int) -> dict[str, object]:
+    """What a figure depends on beside what it measures."""
+    versions = [f"{name} {version(name)}" for name in ("fastmerge", "torch", "numpy")]
+    return {
+        "revision": _revision(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        "cpu": ceiling.processor(),
+        "isa": native.isa(),
+        "threads": threads,
+        "versions": " / ".join([*versions, f"Python {platform.python_version()}"]),
+    }
+
+
+def _revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
