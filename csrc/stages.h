@@ -9,8 +9,12 @@
 namespace fastmerge {
 namespace {
 
+// What the agreeing sum is divided by.
+enum class Mass { DIVISOR, AGREEING, CONTRIBUTORS };
+
 // What the models of one element have said so far, kept apart by the sign of what they say: once the vote is known the
-// side that won is the answer, so no delta is held or read twice.
+// side that won is the answer, so no delta is held or read twice. The sums start at +0 and so are never -0: leaving a
+// term out and adding a zero are the same.
 template <class L>
 struct Ballot {
   using F = typename L::F;
@@ -21,42 +25,49 @@ struct Ballot {
   F mass_negative = L::zero();
 };
 
-template <class L, Elect elect, bool contributors>
+template <class L, Elect elect, Mass by>
 FASTMERGE_INLINE void vote(Ballot<L>& ballot, typename L::F delta, typename L::F weighted, typename L::F mass) {
   const auto voice = elect == Elect::WEIGHTED ? weighted : delta;
   const auto up = L::not_le(voice, L::zero());
   const auto down = L::not_ge(voice, L::zero());
   if constexpr (elect == Elect::COUNT) {
-    ballot.sum = (ballot.sum + L::where(up, L::set(1.0f))) - L::where(down, L::set(1.0f));
+    ballot.sum = L::add_where(L::add_where(ballot.sum, up, L::set(1.0f)), down, L::set(-1.0f));
   } else {
     ballot.sum = ballot.sum + voice;
   }
-  ballot.positive = ballot.positive + L::where(up, weighted);
-  ballot.negative = ballot.negative + L::where(down, weighted);
-  const auto some = L::either(up, down);
-  ballot.mass_positive = ballot.mass_positive + L::where(contributors ? some : up, mass);
-  ballot.mass_negative = ballot.mass_negative + L::where(contributors ? some : down, mass);
+  if constexpr (elect == Elect::WEIGHTED) {
+    ballot.positive = ballot.positive + L::positive_part(weighted);
+    ballot.negative = ballot.negative + L::negative_part(weighted);
+  } else {
+    ballot.positive = L::add_where(ballot.positive, up, weighted);
+    ballot.negative = L::add_where(ballot.negative, down, weighted);
+  }
+  if constexpr (by != Mass::DIVISOR) {
+    const auto some = L::either(up, down);
+    ballot.mass_positive = L::add_where(ballot.mass_positive, by == Mass::CONTRIBUTORS ? some : up, mass);
+    ballot.mass_negative = L::add_where(ballot.mass_negative, by == Mass::CONTRIBUTORS ? some : down, mass);
+  }
 }
 
 // The mean of those who agree with the vote. `least_positive` is 0 where a vote of zero elects +, else the smallest
 // denormal: then zero elects nobody and the mean is 0.
-template <class L>
-FASTMERGE_INLINE typename L::F elected(const Ballot<L>& ballot, typename L::F least_positive, bool by_mass,
-                                       typename L::F divisor) {
+template <class L, Mass by>
+FASTMERGE_INLINE typename L::F elected(const Ballot<L>& ballot, typename L::F least_positive, typename L::F divisor) {
   const auto positive = L::ge(ballot.sum, least_positive);
   const auto negative = L::not_ge(ballot.sum, L::zero());
   const auto agreed = L::pick(positive, ballot.positive, L::where(negative, ballot.negative));
-  auto mass = by_mass ? L::pick(positive, ballot.mass_positive, L::where(negative, ballot.mass_negative)) : divisor;
-  mass = L::pick(L::eq(mass, L::zero()), L::set(1.0f), mass);
+  auto mass = divisor;
+  if constexpr (by != Mass::DIVISOR) {
+    mass = L::pick(positive, ballot.mass_positive, L::where(negative, ballot.mass_negative));
+    mass = L::pick(L::eq(mass, L::zero()), L::set(1.0f), mass);
+  }
   return agreed / mass;
 }
 
-// base + mean * lambda: base's own bits where the merged delta is zero, and one NaN for all NaNs.
+// base + merged: base's own bits, a negative zero's too, where there is nothing to add.
 template <class L, bool has_base>
-FASTMERGE_INLINE typename L::F combine(typename L::F base, typename L::F mean, typename L::F lambda) {
-  const auto merged = mean * lambda;
-  const auto out = has_base ? L::pick(L::eq(merged, L::zero()), base, base + merged) : merged;
-  return L::pick(L::eq(out, out), out, L::set(from_bits(0x7fc00000)));
+FASTMERGE_INLINE typename L::F combine(typename L::F base, typename L::F merged) {
+  return has_base ? L::pick(L::eq(merged, L::zero()), base, base + merged) : merged;
 }
 
 }  // namespace

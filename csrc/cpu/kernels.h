@@ -64,11 +64,10 @@ struct Tally {
 struct Kernels {
   const char* name;
 
-  // One sweep over `count` elements from `begin` (a multiple of CHUNK) into out[count], padded to 16. Returns the
-  // largest magnitude, as bits, among the outputs and those deltas that might not reach them: below 0x7f800000 where
-  // all is finite.
-  uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, float* out, Scratch&);
-  void (*narrow)(const float* from, int count, DType dtype, char* to);
+  // One sweep over `count` elements from `begin` (a multiple of CHUNK) into out[count]. Returns the largest magnitude,
+  // as bits, among the outputs and those deltas that might not reach them: below 0x7f800000 where all is finite.
+  uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, DType out_dtype, char* out,
+                    Scratch&);
 
   // Deltas (weights without a base) as float32 into scratch.wide[model][count], padded with zeros to 16. A NaN becomes
   // 0 there, and so does Inf unless `infinite_too`: one bad element must not decide about the others.

@@ -11,6 +11,7 @@ namespace {
 using L = Lanes;
 using F = L::F;
 using U = L::U;
+using P = L::P;
 
 constexpr uint32_t INFINITE = 0x7f800000;
 
@@ -69,25 +70,28 @@ struct Call {
   const Part* parts;
   const uint32_t* thresholds;
   const uint8_t* kept;
-  float* out;
+  bool rescaled;  // some part's rescale is not 1
+  char* out;
 };
 
-// One sweep over [from, to) of a chunk; both are multiples of the width.
-// Reads models (+ 1) x size_of(dtype) bytes per element from memory; the output stays in the first cache.
-template <DType dtype, bool has_base, Keep keep, Elect elect, bool contributors>
+// One sweep over [from, to) of a chunk; both are multiples of the width. The output is float32, or of the inputs' own
+// dtype. Reads models (+ 1) x size_of(dtype) bytes per element, and writes one element.
+template <DType dtype, bool has_base, bool same_dtype, Keep keep, Elect elect, Mass by>
 uint32_t sweep_run(const Call& call, int from, int to) {
-  constexpr int size = dtype == DType::F32 ? 4 : 2;
+  constexpr DType out_dtype = same_dtype ? dtype : DType::F32;
+  constexpr int size = dtype == DType::F32 ? 4 : 2, out_size = out_dtype == DType::F32 ? 4 : 2;
   // A NaN or Inf that is dropped or outvoted never reaches the output: then the deltas are looked at themselves.
   constexpr bool may_hide = keep != Keep::ALL || elect == Elect::PLAIN || elect == Elect::COUNT;
   const Sweep& sweep = *call.sweep;
-  const F divisor = L::set(sweep.divisor), lambda = L::set(sweep.lambda);
+  const F divisor = L::set(sweep.divisor == 0.0f ? 1.0f : sweep.divisor), lambda = L::set(sweep.lambda);
   const F least_positive = L::set(sweep.tie_vote == static_cast<uint8_t>(TieVote::ZERO) ? from_bits(1) : 0.0f);
-  const bool by_mass = sweep.mean != static_cast<uint8_t>(Mean::SUM);
-  const bool divide = sweep.divisor != 1.0f && sweep.divisor != 0.0f;  // 0 counts as 1
+  const bool divide = sweep.divisor != 1.0f;
+  const int models = call.models;
+  const bool rescaled = call.rescaled;
   U worst = L::word(0);
 
   for (int at = from; at < to; at += L::width) {
-    const F base = has_base ? L::read<dtype>(call.inputs[call.models] + at * size) : L::zero();
+    const F base = has_base ? L::read<dtype>(call.inputs[models] + at * size) : L::zero();
     const auto kept_delta = [&](int model) {
       const F value = L::read<dtype>(call.inputs[model] + at * size);
       F delta = has_base ? value - base : value;
@@ -98,27 +102,27 @@ uint32_t sweep_run(const Call& call, int from, int to) {
       } else if constexpr (keep == Keep::BERNOULLI) {
         delta = L::where(L::mask_at(call.kept + model * (CHUNK / 8), at), delta);
       }
-      return delta * L::set(call.parts[model].rescale);
+      return rescaled ? delta * L::set(call.parts[model].rescale) : delta;
     };
     F mean;
     if constexpr (elect == Elect::NONE) {
       mean = kept_delta(0) * L::set(call.parts[0].weight);
-      for (int model = 1; model < call.models; ++model) {
+      for (int model = 1; model < models; ++model) {
         mean = mean + kept_delta(model) * L::set(call.parts[model].weight);
       }
       if (divide) mean = mean / divisor;
     } else {
       Ballot<L> ballot;
-      for (int model = 0; model < call.models; ++model) {
+      for (int model = 0; model < models; ++model) {
         const Part& part = call.parts[model];
         const F delta = kept_delta(model);
-        vote<L, elect, contributors>(ballot, delta, delta * L::set(part.weight), L::set(part.mass));
+        vote<L, elect, by>(ballot, delta, delta * L::set(part.weight), L::set(part.mass));
       }
-      mean = elected<L>(ballot, least_positive, by_mass, divisor);
+      mean = elected<L, by>(ballot, least_positive, divisor);
     }
-    const F out = combine<L, has_base>(base, mean, lambda);
+    const F out = combine<L, has_base>(base, mean * lambda);
     worst = L::max(worst, L::magnitude(out));
-    L::store(call.out + at, out);
+    L::write<out_dtype>(call.out + at * out_size, out);
   }
 
   uint32_t lanes[L::width], largest = 0;
@@ -128,15 +132,16 @@ uint32_t sweep_run(const Call& call, int from, int to) {
 }
 
 using Run = uint32_t (*)(const Call&, int, int);
-constexpr int VOTES = 7;  // no election, or one of three kinds with or without contributors
+constexpr int VOTES = 10;  // no election, or one of three kinds with one of three masses
 
+// index = (((dtype x 2 + has_base) x 2 + same_dtype) x 3 + keep) x VOTES + vote
 template <size_t index>
 constexpr Run run_at() {
-  constexpr int vote = index % VOTES;
-  constexpr auto elect = static_cast<Elect>((vote + 1) / 2);
-  constexpr auto keep = static_cast<Keep>(index / VOTES % 3);
-  return sweep_run < static_cast<DType>(index / VOTES / 6), index / VOTES / 3 % 2 == 1, keep, elect,
-         vote != 0 && vote % 2 == 0 > ;
+  constexpr size_t vote = index % VOTES, keep = index / VOTES % 3, inputs = index / VOTES / 3;
+  constexpr auto elect = static_cast<Elect>((vote + 2) / 3);
+  constexpr auto by = static_cast<Mass>(vote == 0 ? 0 : (vote - 1) % 3);
+  return sweep_run<static_cast<DType>(inputs / 4), inputs / 2 % 2 == 1, inputs % 2 == 1, static_cast<Keep>(keep), elect,
+                   by>;
 }
 
 template <size_t... index>
@@ -145,24 +150,25 @@ Run run_of(size_t chosen, std::index_sequence<index...>) {
   return runs[chosen];
 }
 
-Run run_of(DType dtype, bool has_base, const Sweep& sweep) {
-  const bool contributors = sweep.mean == static_cast<uint8_t>(Mean::CONTRIBUTORS);
-  const size_t vote = sweep.elect == 0 ? 0 : 2 * sweep.elect - 1 + contributors;
-  const size_t stages = (static_cast<size_t>(dtype) * 2 + has_base) * 3 + sweep.keep;
-  return run_of(stages * VOTES + vote, std::make_index_sequence<3 * 2 * 3 * VOTES>());
+Run run_of(DType dtype, bool has_base, bool same_dtype, const Sweep& sweep) {
+  const auto mean = static_cast<Mean>(sweep.mean);
+  const auto by = mean == Mean::SUM ? Mass::DIVISOR : mean == Mean::CONTRIBUTORS ? Mass::CONTRIBUTORS : Mass::AGREEING;
+  const size_t vote = sweep.elect == 0 ? 0 : (sweep.elect - 1u) * 3 + 1 + static_cast<size_t>(by);
+  const size_t stages = ((static_cast<size_t>(dtype) * 2 + has_base) * 2 + same_dtype) * 3 + sweep.keep;
+  return run_of(stages * VOTES + vote, std::make_index_sequence<3 * 2 * 2 * 3 * VOTES>());
 }
 
 // Points at the chunk where it lies; or at widened copies where dtypes differ or a vector would read past the tensor.
-DType point(const Tensor& tensor, int64_t begin, int count, Scratch& scratch) {
-  const DType dtype = dtype_of(tensor.views[0]);
+// Returns whether it lies in place.
+bool point(const Tensor& tensor, int64_t begin, int count, Scratch& scratch) {
   bool in_place = count % SUM_LANES == 0;
-  for (int input = 1; input < tensor.inputs; ++input) in_place &= dtype_of(tensor.views[input]) == dtype;
+  for (int input = 1; input < tensor.inputs; ++input) in_place &= tensor.views[input].dtype == tensor.views[0].dtype;
   for (int input = 0; input < tensor.inputs; ++input) {
     float* copy = scratch.wide + input * CHUNK;
     if (!in_place) widen(tensor.views[input], begin, count, copy);
     scratch.inputs[input] = in_place ? bytes_of(tensor.views[input], begin) : reinterpret_cast<const char*>(copy);
   }
-  return in_place ? dtype : DType::F32;
+  return in_place;
 }
 
 void draw(const Part& part, int64_t begin, int count, uint8_t* kept) {
@@ -171,23 +177,27 @@ void draw(const Part& part, int64_t begin, int count, uint8_t* kept) {
     return;
   }
   const uint32_t upper = static_cast<uint32_t>(part.cut >> 16);
-  uint8_t equal[L::width];
-  for (int at = 0; at < count; at += 8 * L::width) {
+  constexpr int step = L::draws_at_once;
+  const P m0 = L::wide(PHILOX_M0), m1 = L::wide(PHILOX_M1);
+  P keys[PHILOX_ROUNDS][2];
+  for (uint32_t round = 0; round < PHILOX_ROUNDS; ++round) {
+    keys[round][0] = L::wide(static_cast<uint32_t>(part.key) + round * PHILOX_W0);
+    keys[round][1] = L::wide(static_cast<uint32_t>(part.key >> 32) + round * PHILOX_W1);
+  }
+  uint8_t equal[step / 8];
+  for (int at = 0; at < count; at += step) {
     const uint64_t counter = static_cast<uint64_t>(begin + at) / 8;
-    U x[4] = {L::counters(static_cast<uint32_t>(counter)), L::word(static_cast<uint32_t>(counter >> 32)), L::word(0),
-              L::word(0)};
-    uint32_t k0 = static_cast<uint32_t>(part.key), k1 = static_cast<uint32_t>(part.key >> 32);
-    for (int round = 0; round < PHILOX_ROUNDS; ++round, k0 += PHILOX_W0, k1 += PHILOX_W1) {
-      U high0, low0, high1, low1;
-      L::multiply(x[0], PHILOX_M0, high0, low0);
-      L::multiply(x[2], PHILOX_M1, high1, low1);
-      x[0] = L::exclusive_or(L::exclusive_or(high1, x[1]), L::word(k0));
-      x[1] = low1;
-      x[2] = L::exclusive_or(L::exclusive_or(high0, x[3]), L::word(k1));
-      x[3] = low0;
+    P x[4] = {L::counters(static_cast<uint32_t>(counter)), L::wide(static_cast<uint32_t>(counter >> 32)), L::wide(0),
+              L::wide(0)};
+    for (const auto& key : keys) {  // only the lower halves of the lanes count; what is above them is never looked at
+      const P p0 = L::product(x[0], m0), p1 = L::product(x[2], m1);
+      x[0] = L::exclusive_or(L::upper(p1), x[1], key[0]);
+      x[1] = p1;
+      x[2] = L::exclusive_or(L::upper(p0), x[3], key[1]);
+      x[3] = p0;
     }
     if (!L::draws(x, upper, kept + at / 8, equal)) continue;
-    for (int element = 0; element < 8 * L::width; ++element) {
+    for (int element = 0; element < step; ++element) {
       if (!((equal[element / 8] >> (element % 8)) & 1)) continue;
       const int bit = kept_on_equal(begin + at + element, part.key, part.cut);
       kept[(at + element) / 8] = static_cast<uint8_t>(kept[(at + element) / 8] | bit << (element % 8));
@@ -217,27 +227,6 @@ void each_threshold(const Part* parts, int models, int64_t begin, int count, uin
   }
 }
 
-uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count, float* out,
-               Scratch& scratch) {
-  const DType dtype = point(tensor, begin, count, scratch);
-  const Run run = run_of(dtype, base_of(tensor) != nullptr, sweep);
-  const Call call = {scratch.inputs, tensor.models, &sweep, parts, scratch.thresholds, scratch.kept, out};
-  if (sweep.keep == static_cast<uint8_t>(Keep::ABOVE)) {
-    uint32_t worst = 0;
-    each_threshold(parts, tensor.models, begin, count, scratch.thresholds, [&](int from, int to) {
-      const uint32_t here = run(call, from, to);
-      worst = here > worst ? here : worst;
-    });
-    return worst;
-  }
-  if (sweep.keep == static_cast<uint8_t>(Keep::BERNOULLI)) {
-    for (int model = 0; model < tensor.models; ++model) {
-      draw(parts[model], begin, count, scratch.kept + model * (CHUNK / 8));
-    }
-  }
-  return run(call, 0, padded(count));
-}
-
 template <DType dtype>
 void narrow(const float* from, int count, char* to) {
   constexpr int size = dtype == DType::F32 ? 4 : 2;
@@ -256,6 +245,32 @@ void narrow(const float* from, int count, DType dtype, char* to) {
     case DType::BF16: return narrow<DType::BF16>(from, count, to);
     case DType::U8: return;
   }
+}
+
+uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count, DType out_dtype,
+               char* out, Scratch& scratch) {
+  const bool in_place = point(tensor, begin, count, scratch);
+  const DType dtype = in_place ? dtype_of(tensor.views[0]) : DType::F32;
+  const bool direct = in_place && dtype == out_dtype;
+  const Run run = run_of(dtype, base_of(tensor) != nullptr, direct, sweep);
+  bool rescaled = false;
+  for (int model = 0; model < tensor.models; ++model) rescaled |= parts[model].rescale != 1.0f;
+  const Call call = {scratch.inputs,     tensor.models, &sweep,   parts,
+                     scratch.thresholds, scratch.kept,  rescaled, direct ? out : reinterpret_cast<char*>(scratch.out)};
+  uint32_t worst = 0;
+  if (sweep.keep == static_cast<uint8_t>(Keep::ABOVE)) {
+    each_threshold(parts, tensor.models, begin, count, scratch.thresholds, [&](int from, int to) {
+      const uint32_t here = run(call, from, to);
+      worst = here > worst ? here : worst;
+    });
+  } else {
+    for (int model = 0; sweep.keep == static_cast<uint8_t>(Keep::BERNOULLI) && model < tensor.models; ++model) {
+      draw(parts[model], begin, count, scratch.kept + model * (CHUNK / 8));
+    }
+    worst = run(call, 0, padded(count));
+  }
+  if (!direct) narrow(scratch.out, count, out_dtype, out);
+  return worst;
 }
 
 // --- measures ---
@@ -379,6 +394,6 @@ void tally(const float* deltas, int count, Tally& tally) {
 }  // namespace
 
 extern const Kernels FASTMERGE_KERNELS;
-const Kernels FASTMERGE_KERNELS = {L::name, merge, narrow, deltas, gram, norms, census, tally};
+const Kernels FASTMERGE_KERNELS = {L::name, merge, deltas, gram, norms, census, tally};
 
 }  // namespace fastmerge

@@ -81,6 +81,15 @@ void look(const Merge& merge, int setting, bool inputs_too, int64_t begin, int c
   merge.overflow[setting] += overflow;
 }
 
+// Narrows like the kernels, and writes every NaN as the same one, which costs too much where there is none.
+void store(const float* from, int count, DType dtype, char* to) {
+  for (int i = 0; i < count; ++i, to += size_of(dtype)) {
+    const float value = from[i] == from[i] ? from[i] : from_bits(0x7fc00000);
+    const uint16_t half = dtype == DType::F16 ? to_f16(value) : to_bf16(value);
+    memcpy(to, dtype == DType::F32 ? static_cast<const void*>(&value) : &half, static_cast<size_t>(size_of(dtype)));
+  }
+}
+
 int64_t sweep_tile(const Tile& tile, const Kernels& kernels, char* block) {
   const Merge& merge = *tile.merge;
   const Tensor& tensor = merge.tensor;
@@ -89,26 +98,31 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, char* block) {
     return tile.end - tile.begin;
   }
   Scratch scratch(block, tensor.inputs);
-  char* hot = block + Scratch::bytes(tensor.inputs);
+  char* hot = block + Scratch::bytes(tensor.inputs);  // one tile after another, each with room for float32
   const int64_t stride = (tile.end - tile.begin) * 4;
   for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
     const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
     bool looked = false;
     for (int setting = 0; setting < merge.settings; ++setting) {
-      const auto dtype = static_cast<DType>(merge.targets[setting].dtype);
-      const uint32_t worst = kernels.merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at,
-                                           count, scratch.out, scratch);
-      kernels.narrow(scratch.out, count, dtype, hot + setting * stride + (at - tile.begin) * size_of(dtype));
-      if (worst >= overflow_bits(dtype)) {
-        look(merge, setting, !looked, at, count, scratch.out);
-        looked = true;
-      }
+      const Target& target = merge.targets[setting];
+      const auto dtype = static_cast<DType>(target.dtype);
+      char* out = target.file < 0 ? reinterpret_cast<char*>(target.offset) + at * size_of(dtype)
+                                  : hot + setting * stride + (at - tile.begin) * size_of(dtype);
+      const auto sweep = [&](DType to, char* place) {
+        return kernels.merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at, count, to, place,
+                             scratch);
+      };
+      if (sweep(dtype, out) < overflow_bits(dtype)) continue;
+      sweep(DType::F32, reinterpret_cast<char*>(scratch.out));
+      look(merge, setting, !looked, at, count, scratch.out);
+      store(scratch.out, count, dtype, out);
+      looked = true;
     }
   }
   for (int setting = 0; setting < merge.settings; ++setting) {
     const Target& target = merge.targets[setting];
     const int64_t size = size_of(static_cast<DType>(target.dtype));
-    write_all(target, tile.begin * size, hot + setting * stride, (tile.end - tile.begin) * size);
+    if (target.file >= 0) write_all(target, tile.begin * size, hot + setting * stride, (tile.end - tile.begin) * size);
   }
   return bytes_read(tensor, tile.end - tile.begin);
 }

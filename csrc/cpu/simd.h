@@ -1,8 +1,9 @@
 // Lanes: the vector operations that kernels.inl and stages.h are written in, once per instruction set.
 //
-// Each `isa_*.cpp` includes exactly one of these, by the flags it is compiled with, inside its own namespace. F holds
-// `width` floats, U as many 32-bit words, M a mask; D holds float64 lanes, two of which cover an F. Loads and stores
-// may be misaligned. `draws` are the 16-bit random pieces of random.h, in the order of the elements.
+// Each `isa_*.cpp` includes exactly one of these. F holds `width` floats, U as many 32-bit words, M a mask; D holds
+// float64 lanes, two of which cover an F; P holds 64-bit lanes, of which `product` multiplies the lower halves. Loads
+// and stores may be misaligned. A NaN is its own positive and negative part. `draws` are the 16-bit random pieces of
+// random.h, in the order of the elements.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -27,8 +28,12 @@ struct Lanes {
     __m512i v;
   };
   using M = __mmask16;
+  struct P {
+    __m512i v;
+  };
   using D = __m512d;
   static constexpr int width = 16;
+  static constexpr int draws_at_once = 64;
   static constexpr const char* name = "avx512";
 
   static F zero() { return _mm512_setzero_ps(); }
@@ -64,6 +69,9 @@ struct Lanes {
   static M either(M a, M b) { return static_cast<M>(a | b); }
   static F pick(M mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes); }
   static F where(M mask, F yes) { return _mm512_maskz_mov_ps(mask, yes); }
+  static F positive_part(F value) { return _mm512_max_ps(zero(), value); }
+  static F negative_part(F value) { return _mm512_min_ps(zero(), value); }
+  static F add_where(F sum, M mask, F term) { return _mm512_mask_add_ps(sum, mask, sum, term); }
 
   static U word(uint32_t value) { return {_mm512_set1_epi32(static_cast<int>(value))}; }
   static U load(const uint32_t* from) { return {_mm512_loadu_si512(from)}; }
@@ -88,27 +96,22 @@ struct Lanes {
   static D multiply_add(D a, D b, D sum) { return _mm512_fmadd_pd(a, b, sum); }
   static void store(double* to, D value) { _mm512_storeu_pd(to, value); }
 
-  static U exclusive_or(U a, U b) { return {_mm512_xor_si512(a.v, b.v)}; }
-  static void multiply(U a, uint32_t factor, U& high, U& low) {
-    const __m512i by = _mm512_set1_epi32(static_cast<int>(factor));
-    const __m512i even = _mm512_mul_epu32(a.v, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), by);
-    high = {_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)};
-    low = {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
-  }
-  // Lane 4 q + r works on counter 4 r + q, so that transposing within 128 bits leaves the pieces in order.
-  static U counters(uint32_t first) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), order)};
+  static P wide(uint32_t value) { return {_mm512_set1_epi64(value)}; }
+  static P product(P a, P b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+  static P upper(P a) { return {_mm512_srli_epi64(a.v, 32)}; }
+  static P exclusive_or(P a, P b, P c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
+  // Lane 2 q + r works on counter 4 r + q, so that unpacking within 128 bits leaves the pieces in order.
+  static P counters(uint32_t first) {
+    return {_mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
   }
   // Bits of the draws below and equal to `cut`; returns whether any is equal.
-  static bool draws(const U (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
-    const __m512i a = _mm512_unpacklo_epi32(words[0].v, words[1].v), b = _mm512_unpackhi_epi32(words[0].v, words[1].v);
-    const __m512i c = _mm512_unpacklo_epi32(words[2].v, words[3].v), d = _mm512_unpackhi_epi32(words[2].v, words[3].v);
-    const __m512i rows[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
-                             _mm512_unpackhi_epi64(b, d)};
+  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+    const __m512i a = _mm512_mask_shuffle_epi32(words[0].v, 0xaaaa, words[1].v, _MM_PERM_CCAA);
+    const __m512i b = _mm512_mask_shuffle_epi32(words[2].v, 0xaaaa, words[3].v, _MM_PERM_CCAA);
+    const __m512i rows[2] = {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)};
     const __m512i at = _mm512_set1_epi16(static_cast<short>(cut));
     uint32_t any = 0;
-    for (int row = 0; row < 4; ++row) {
+    for (int row = 0; row < 2; ++row) {
       const uint32_t less = _mm512_cmplt_epu16_mask(rows[row], at), same = _mm512_cmpeq_epi16_mask(rows[row], at);
       memcpy(below + 4 * row, &less, 4);
       memcpy(equal + 4 * row, &same, 4);
@@ -128,8 +131,12 @@ struct Lanes {
   struct M {
     __m256 v;
   };
+  struct P {
+    __m256i v;
+  };
   using D = __m256d;
   static constexpr int width = 8;
+  static constexpr int draws_at_once = 32;
   static constexpr const char* name = "avx2";
 
   static F zero() { return _mm256_setzero_ps(); }
@@ -166,6 +173,9 @@ struct Lanes {
   static M either(M a, M b) { return {_mm256_or_ps(a.v, b.v)}; }
   static F pick(M mask, F yes, F no) { return _mm256_blendv_ps(no, yes, mask.v); }
   static F where(M mask, F yes) { return _mm256_and_ps(mask.v, yes); }
+  static F positive_part(F value) { return _mm256_max_ps(zero(), value); }
+  static F negative_part(F value) { return _mm256_min_ps(zero(), value); }
+  static F add_where(F sum, M mask, F term) { return sum + where(mask, term); }
 
   static U word(uint32_t value) { return {_mm256_set1_epi32(static_cast<int>(value))}; }
   static U load(const uint32_t* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
@@ -188,26 +198,21 @@ struct Lanes {
   static D multiply_add(D a, D b, D sum) { return _mm256_fmadd_pd(a, b, sum); }
   static void store(double* to, D value) { _mm256_storeu_pd(to, value); }
 
-  static U exclusive_or(U a, U b) { return {_mm256_xor_si256(a.v, b.v)}; }
-  static void multiply(U a, uint32_t factor, U& high, U& low) {
-    const __m256i by = _mm256_set1_epi32(static_cast<int>(factor));
-    const __m256i even = _mm256_mul_epu32(a.v, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), by);
-    high = {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)};
-    low = {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
+  static P wide(uint32_t value) { return {_mm256_set1_epi64x(value)}; }
+  static P product(P a, P b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+  static P upper(P a) { return {_mm256_srli_epi64(a.v, 32)}; }
+  static P exclusive_or(P a, P b, P c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
+  // Lane 2 q + r works on counter 2 r + q, so that unpacking within 128 bits leaves the pieces in order.
+  static P counters(uint32_t first) {
+    return {_mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_setr_epi64x(0, 2, 1, 3))};
   }
-  // Lane 4 q + r works on counter 2 r + q, so that transposing within 128 bits leaves the pieces in order.
-  static U counters(uint32_t first) {
-    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    return {_mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), order)};
-  }
-  static bool draws(const U (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
-    const __m256i a = _mm256_unpacklo_epi32(words[0].v, words[1].v), b = _mm256_unpackhi_epi32(words[0].v, words[1].v);
-    const __m256i c = _mm256_unpacklo_epi32(words[2].v, words[3].v), d = _mm256_unpackhi_epi32(words[2].v, words[3].v);
-    const __m256i rows[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
-                             _mm256_unpackhi_epi64(b, d)};
+  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+    const __m256i a = _mm256_blend_epi32(words[0].v, _mm256_slli_epi64(words[1].v, 32), 0xaa);
+    const __m256i b = _mm256_blend_epi32(words[2].v, _mm256_slli_epi64(words[3].v, 32), 0xaa);
+    const __m256i rows[2] = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)};
     const __m256i at = _mm256_set1_epi16(static_cast<short>(cut));
     uint32_t any = 0;
-    for (int row = 0; row < 4; ++row) {
+    for (int row = 0; row < 2; ++row) {
       const __m256i same = _mm256_cmpeq_epi16(rows[row], at);
       const __m256i at_most = _mm256_cmpeq_epi16(_mm256_min_epu16(rows[row], at), rows[row]);
       const uint32_t equal_bits = narrow(same), below_bits = narrow(_mm256_andnot_si256(same, at_most));
@@ -233,8 +238,12 @@ struct Lanes {
   struct M {
     uint32x4_t v;
   };
+  struct P {
+    uint64x2_t v;
+  };
   using D = float64x2_t;
   static constexpr int width = 4;
+  static constexpr int draws_at_once = 16;
   static constexpr const char* name = "neon";
 
   static F zero() { return vdupq_n_f32(0.0f); }
@@ -275,6 +284,9 @@ struct Lanes {
   static M either(M a, M b) { return {vorrq_u32(a.v, b.v)}; }
   static F pick(M mask, F yes, F no) { return vbslq_f32(mask.v, yes, no); }
   static F where(M mask, F yes) { return vreinterpretq_f32_u32(vandq_u32(mask.v, vreinterpretq_u32_f32(yes))); }
+  static F positive_part(F value) { return vmaxq_f32(zero(), value); }
+  static F negative_part(F value) { return vminq_f32(zero(), value); }
+  static F add_where(F sum, M mask, F term) { return sum + where(mask, term); }
 
   static U word(uint32_t value) { return {vdupq_n_u32(value)}; }
   static U load(const uint32_t* from) { return {vld1q_u32(from)}; }
@@ -300,30 +312,22 @@ struct Lanes {
   static D multiply_add(D a, D b, D sum) { return vfmaq_f64(sum, a, b); }
   static void store(double* to, D value) { vst1q_f64(to, value); }
 
-  static U exclusive_or(U a, U b) { return {veorq_u32(a.v, b.v)}; }
-  static void multiply(U a, uint32_t factor, U& high, U& low) {
-    const uint64x2_t first = vmull_n_u32(vget_low_u32(a.v), factor), second = vmull_n_u32(vget_high_u32(a.v), factor);
-    low = {vcombine_u32(vmovn_u64(first), vmovn_u64(second))};
-    high = {vcombine_u32(vshrn_n_u64(first, 32), vshrn_n_u64(second, 32))};
-  }
-  static U counters(uint32_t first) {
-    const uint32_t order[4] = {0, 1, 2, 3};
-    return {vaddq_u32(vdupq_n_u32(first), vld1q_u32(order))};
-  }
-  static bool draws(const U (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
-    uint32_t columns[4][4];
-    for (int word = 0; word < 4; ++word) store(columns[word], words[word]);
+  static P wide(uint32_t value) { return {vdupq_n_u64(value)}; }
+  static P product(P a, P b) { return {vmull_u32(vmovn_u64(a.v), vmovn_u64(b.v))}; }
+  static P upper(P a) { return {vshrq_n_u64(a.v, 32)}; }
+  static P exclusive_or(P a, P b, P c) { return {veorq_u64(veorq_u64(a.v, b.v), c.v)}; }
+  static P counters(uint32_t first) { return {vcombine_u64(vcreate_u64(first), vcreate_u64(first + 1ull))}; }
+  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+    const uint64x2_t a = vsliq_n_u64(words[0].v, words[1].v, 32), b = vsliq_n_u64(words[2].v, words[3].v, 32);
+    const uint64x2_t rows[2] = {vzip1q_u64(a, b), vzip2q_u64(a, b)};
     const uint16_t bit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
     const uint16x8_t at = vdupq_n_u16(static_cast<uint16_t>(cut)), weight = vld1q_u16(bit);
-    uint32_t any = 0;
-    for (int lane = 0; lane < 4; ++lane) {
-      const uint32_t row[4] = {columns[0][lane], columns[1][lane], columns[2][lane], columns[3][lane]};
-      const uint16x8_t pieces = vreinterpretq_u16_u32(vld1q_u32(row));
-      below[lane] = static_cast<uint8_t>(vaddvq_u16(vandq_u16(vcltq_u16(pieces, at), weight)));
-      equal[lane] = static_cast<uint8_t>(vaddvq_u16(vandq_u16(vceqq_u16(pieces, at), weight)));
-      any |= equal[lane];
+    for (int row = 0; row < 2; ++row) {
+      const uint16x8_t pieces = vreinterpretq_u16_u64(rows[row]);
+      below[row] = static_cast<uint8_t>(vaddvq_u16(vandq_u16(vcltq_u16(pieces, at), weight)));
+      equal[row] = static_cast<uint8_t>(vaddvq_u16(vandq_u16(vceqq_u16(pieces, at), weight)));
     }
-    return any != 0;
+    return equal[0] | equal[1];
   }
 };
 
@@ -333,8 +337,10 @@ struct Lanes {
   using F = float;
   using U = uint32_t;
   using M = bool;
+  using P = uint64_t;
   using D = double;
   static constexpr int width = 1;
+  static constexpr int draws_at_once = 8;
   static constexpr const char* name = "scalar";
 
   static F zero() { return 0.0f; }
@@ -370,6 +376,9 @@ struct Lanes {
   static M either(M a, M b) { return a || b; }
   static F pick(M mask, F yes, F no) { return mask ? yes : no; }
   static F where(M mask, F yes) { return mask ? yes : 0.0f; }
+  static F positive_part(F value) { return value <= 0.0f ? 0.0f : value; }
+  static F negative_part(F value) { return value >= 0.0f ? 0.0f : value; }
+  static F add_where(F sum, M mask, F term) { return sum + where(mask, term); }
 
   static U word(uint32_t value) { return value; }
   static U load(const uint32_t* from) { return *from; }
@@ -387,17 +396,15 @@ struct Lanes {
   static D multiply_add(D a, D b, D sum) { return a * b + sum; }
   static void store(double* to, D value) { *to = value; }
 
-  static U exclusive_or(U a, U b) { return a ^ b; }
-  static void multiply(U a, uint32_t factor, U& high, U& low) {
-    const uint64_t product = static_cast<uint64_t>(a) * factor;
-    high = static_cast<uint32_t>(product >> 32);
-    low = static_cast<uint32_t>(product);
-  }
-  static U counters(uint32_t first) { return first; }
-  static bool draws(const U (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+  static P wide(uint32_t value) { return value; }
+  static P product(P a, P b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+  static P upper(P a) { return a >> 32; }
+  static P exclusive_or(P a, P b, P c) { return a ^ b ^ c; }
+  static P counters(uint32_t first) { return first; }
+  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
     *below = *equal = 0;
     for (int piece = 0; piece < 8; ++piece) {
-      const uint32_t draw = (words[piece / 2] >> (16 * (piece % 2))) & 0xffff;
+      const uint32_t draw = static_cast<uint32_t>(words[piece / 2] >> (16 * (piece % 2))) & 0xffff;
       *below = static_cast<uint8_t>(*below | (draw < cut) << piece);
       *equal = static_cast<uint8_t>(*equal | (draw == cut) << piece);
     }
