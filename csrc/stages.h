@@ -49,19 +49,18 @@ FASTMERGE_INLINE void vote(Ballot<L>& ballot, typename L::F delta, typename L::F
   }
 }
 
-// The mean of those who agree with the vote. `least_positive` is 0 where a vote of zero elects +, else the smallest
-// denormal: then zero elects nobody and the mean is 0.
+// The sum of those who agree with the vote, and by how much it is to be divided. `least_positive` is 0 where a vote of
+// zero elects +, else the smallest denormal: then zero elects nobody and the mean is 0.
 template <class L, Mass by>
-FASTMERGE_INLINE typename L::F elected(const Ballot<L>& ballot, typename L::F least_positive, typename L::F divisor) {
+FASTMERGE_INLINE typename L::F elected(const Ballot<L>& ballot, typename L::F least_positive, typename L::F& mass) {
   const auto positive = L::ge(ballot.sum, least_positive);
   const auto negative = L::not_ge(ballot.sum, L::zero());
   const auto agreed = L::pick(positive, ballot.positive, L::where(negative, ballot.negative));
-  auto mass = divisor;
   if constexpr (by != Mass::DIVISOR) {
     mass = L::pick(positive, ballot.mass_positive, L::where(negative, ballot.mass_negative));
     mass = L::pick(L::eq(mass, L::zero()), L::set(1.0f), mass);
   }
-  return agreed / mass;
+  return agreed;
 }
 
 // base + merged: base's own bits, a negative zero's too, where there is nothing to add.

@@ -90,39 +90,57 @@ uint32_t sweep_run(const Call& call, int from, int to) {
   const bool rescaled = call.rescaled;
   U worst = L::word(0);
 
-  for (int at = from; at < to; at += L::width) {
-    const F base = has_base ? L::read<dtype>(call.inputs[models] + at * size) : L::zero();
-    const auto kept_delta = [&](int model) {
-      const F value = L::read<dtype>(call.inputs[model] + at * size);
-      F delta = has_base ? value - base : value;
-      if (may_hide) worst = L::max(worst, L::magnitude(delta));
-      if constexpr (keep == Keep::ABOVE) {
-        const U threshold = L::load(call.thresholds + model * SUM_LANES);
-        delta = L::where(L::at_least(L::magnitude(delta), threshold), delta);
-      } else if constexpr (keep == Keep::BERNOULLI) {
-        delta = L::where(L::mask_at(call.kept + model * (CHUNK / 8), at), delta);
-      }
-      return rescaled ? delta * L::set(call.parts[model].rescale) : delta;
-    };
-    F mean;
-    if constexpr (elect == Elect::NONE) {
-      mean = kept_delta(0) * L::set(call.parts[0].weight);
-      for (int model = 1; model < models; ++model) {
-        mean = mean + kept_delta(model) * L::set(call.parts[model].weight);
-      }
-      if (divide) mean = mean / divisor;
-    } else {
-      Ballot<L> ballot;
-      for (int model = 0; model < models; ++model) {
-        const Part& part = call.parts[model];
-        const F delta = kept_delta(model);
-        vote<L, elect, by>(ballot, delta, delta * L::set(part.weight), L::set(part.mass));
-      }
-      mean = elected<L, by>(ballot, least_positive, divisor);
+  const auto base_at = [&](int at) { return has_base ? L::read<dtype>(call.inputs[models] + at * size) : L::zero(); };
+  const auto kept_delta = [&](int model, int at, F base) {
+    const F value = L::read<dtype>(call.inputs[model] + at * size);
+    F delta = has_base ? value - base : value;
+    if (may_hide) worst = L::max(worst, L::magnitude(delta));
+    if constexpr (keep == Keep::ABOVE) {
+      const U threshold = L::load(call.thresholds + model * SUM_LANES);
+      delta = L::where(L::at_least(L::magnitude(delta), threshold), delta);
+    } else if constexpr (keep == Keep::BERNOULLI) {
+      delta = L::where(L::mask_at(call.kept + model * (CHUNK / 8), at), delta);
     }
+    return rescaled ? delta * L::set(call.parts[model].rescale) : delta;
+  };
+  const auto finish = [&](int at, F base, F mean) {
     const F out = combine<L, has_base>(base, mean * lambda);
     worst = L::max(worst, L::magnitude(out));
     L::write<out_dtype>(call.out + at * out_size, out);
+  };
+
+  if constexpr (elect == Elect::NONE) {
+    for (int at = from; at < to; at += L::width) {
+      const F base = base_at(at);
+      F sum = kept_delta(0, at, base) * L::set(call.parts[0].weight);
+      for (int model = 1; model < models; ++model) {
+        sum = sum + kept_delta(model, at, base) * L::set(call.parts[model].weight);
+      }
+      finish(at, base, divide ? sum / divisor : sum);
+    }
+  } else {
+    // Two short loops instead of one long: a chain of so many operations would keep the processor waiting for itself.
+    constexpr int block = 16 * L::width;
+    float sums[block], masses[block];
+    for (int start = from; start < to; start += block) {
+      const int end = start + block < to ? start + block : to;
+      for (int at = start; at < end; at += L::width) {
+        Ballot<L> ballot;
+        const F base = base_at(at);
+        for (int model = 0; model < models; ++model) {
+          const Part& part = call.parts[model];
+          const F delta = kept_delta(model, at, base);
+          vote<L, elect, by>(ballot, delta, delta * L::set(part.weight), L::set(part.mass));
+        }
+        F mass = divisor;
+        L::store(sums + (at - start), elected<L, by>(ballot, least_positive, mass));
+        if (by != Mass::DIVISOR) L::store(masses + (at - start), mass);
+      }
+      for (int at = start; at < end; at += L::width) {
+        const F sum = L::load(sums + (at - start));
+        finish(at, base_at(at), by == Mass::DIVISOR ? sum / divisor : sum / L::load(masses + (at - start)));
+      }
+    }
   }
 
   uint32_t lanes[L::width], largest = 0;
