@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from cases import TORCH
 from torch import Tensor
@@ -58,17 +57,8 @@ def eager(inputs: Inputs, sweep: Sweep) -> Tensor:
     return merged if base is None else base + merged
 
 
-def tensor_at(raw: np.ndarray, dtype: str) -> Tensor:
-    """Some bytes as a flat tensor."""
-    return torch.from_numpy(raw).view(TORCH[dtype])
-
-
-def _loaded(inputs: Inputs) -> tuple[list[Tensor], Tensor | None]:
-    models = [_at(view, inputs.elements) for view in inputs.models]
-    return models, None if inputs.base is None else _at(inputs.base, inputs.elements)
-
-
-def _at(view: View, elements: int) -> Tensor:
+def tensor_in(view: View, elements: int) -> Tensor:
+    """A flat tensor with a copy of the elements that begin at an address."""
     memory = (ctypes.c_uint8 * (elements * SWEPT[view.dtype])).from_address(view.address)
     return torch.frombuffer(memory, dtype=torch.uint8).clone().view(TORCH[view.dtype])
 
@@ -76,3 +66,8 @@ def _at(view: View, elements: int) -> Tensor:
 def worst(errors: Sequence[Tensor]) -> float:
     """The largest error of several tensors."""
     return max(float(each.max()) for each in errors)
+
+
+def _loaded(inputs: Inputs) -> tuple[list[Tensor], Tensor | None]:
+    models = [tensor_in(view, inputs.elements) for view in inputs.models]
+    return models, None if inputs.base is None else tensor_in(inputs.base, inputs.elements)

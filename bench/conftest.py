@@ -50,6 +50,7 @@ class Row(NamedTuple):
     gbps: float
     ceiling_gbps: float | None = None
     share: Ratio | None = None  # of the ceiling: its time over ours
+    processors: float | None = None  # that we got: processor time over time; below `threads` others had the rest
     times: Ratio | None = None  # how much slower than its sweep alone, or faster than the peer
     against: str = ""  # what `times` compares with
     error_ulp: float | None = None  # largest, against float64, in units of the output's last place
@@ -124,7 +125,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-_HEADINGS = ("op", "method", "case", "seconds", "GB/s", "ceiling", "share", "against", "ulp", "MB anonymous")
+_HEADINGS = (
+    "op",
+    "method",
+    "case",
+    "seconds",
+    "GB/s",
+    "ceiling",
+    "share",
+    "processors",
+    "against",
+    "ulp",
+    "MB anonymous",
+)
 
 
 def _cells(row: Row) -> list[str]:
@@ -135,8 +148,20 @@ def _cells(row: Row) -> list[str]:
     memory = "" if row.anonymous_mb is None else f"{row.anonymous_mb:.0f}"
     if row.peer_resident_mb is not None:
         memory += f" ({row.peer} {row.peer_resident_mb:.0f} resident)"
+    processors = "" if row.processors is None else f"{row.processors:.1f}"
     rates = [f"{row.gbps:.1f}", "" if row.ceiling_gbps is None else f"{row.ceiling_gbps:.1f}"]
-    return [row.op, row.method, row.case, f"{row.seconds:.4f}", *rates, share, against, error + peer, memory]
+    return [
+        row.op,
+        row.method,
+        row.case,
+        f"{row.seconds:.4f}",
+        *rates,
+        share,
+        processors,
+        against,
+        error + peer,
+        memory,
+    ]
 
 
 def _append(path: Path, row: Row, threads: int) -> None:

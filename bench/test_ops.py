@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import accuracy
 import numpy as np
 import pytest
-from cases import CASES, Buffers, read_by, settings, sweeps
+import torch
+from cases import CASES, TORCH, Buffers, read_by, settings, sweeps
 from ceiling import Ceiling, Swept, stores
 from conftest import Ratio, Row
 
 from fastmerge import backends, reference
 from fastmerge.methods import METHODS, ranks
-from fastmerge.sweep import SWEPT, Inputs, Run, Sweep
+from fastmerge.sweep import SWEPT, Inputs, Run, Sweep, View
 
 _MERGES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp", "passthrough")
 _OPS = (
@@ -27,6 +28,7 @@ _OPS = (
     ("threshold", "ties"),
 )
 _CHECKED = 1 << 20  # elements of a tensor, from the first, that a sweep is compared on: the reference takes its time
+_LEAST_SECONDS, _MOST_ROUNDS = 0.5, 200  # small cases take more rounds
 
 
 class Work(NamedTuple):
@@ -41,9 +43,9 @@ class Work(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def case(request: pytest.FixtureRequest) -> Iterator[tuple[str, Buffers]]:
+def case(request: pytest.FixtureRequest) -> tuple[str, Buffers]:
     """One case in memory at a time."""
-    yield request.param, Buffers(CASES[request.param], request.config.getoption("dtype"))
+    return request.param, Buffers(CASES[request.param], request.config.getoption("dtype"))
 
 
 @pytest.mark.parametrize("case", CASES, indirect=True, scope="module")
@@ -66,6 +68,13 @@ def test_op(
     barest = [_ceiling(work, buffers, number, run.threads) for number in range(len(buffers))]
     before: dict[Any, list[float]] = {kind: [] for kind in (*kinds, "sweep")}
 
+    spent: list[float] = []
+
+    def op_itself(number: int) -> None:
+        start = process_time()
+        work.call(number)
+        spent.append(process_time() - start)
+
     def others() -> tuple[tuple[int], dict[str, Any]]:
         """What goes before each round of the op: the ceiling with each kind of store, and the sweep alone."""
         for kind in kinds:
@@ -74,7 +83,8 @@ def test_op(
             before["sweep"].append(_seconds(work.sweep, buffers.turn()))
         return (buffers.turn(),), {}
 
-    benchmark.pedantic(work.call, setup=others, rounds=request.config.getoption("rounds"), warmup_rounds=1)
+    rounds = max(request.config.getoption("rounds"), min(_MOST_ROUNDS, int(_LEAST_SECONDS / _seconds(work.call, 0))))
+    benchmark.pedantic(op_itself, setup=others, rounds=rounds, warmup_rounds=1)
     seconds = benchmark.stats.stats.data
     before = {kind: times[-len(seconds) :] for kind, times in before.items()}  # without the warm-up
     best = min(kinds, key=lambda kind: median(before[kind]))
@@ -88,6 +98,7 @@ def test_op(
         nbytes / median(seconds) / 1e9,
         nbytes / median(before[best]) / 1e9,
         Ratio.of(before[best], seconds),
+        Ratio.of(spent[-len(seconds) :], seconds).median,
         Ratio.of(seconds, before["sweep"]) if work.sweep else None,
         "its sweep" if work.sweep else "",
         work.error_ulp,
@@ -167,16 +178,15 @@ def _checked(buffers: Buffers, inputs: Sequence[Inputs], settled: Sequence[Seque
     size = SWEPT[buffers.dtype]
     ours, theirs = [], []
     for number, (each, (sweep,)) in enumerate(zip(map(_head, inputs), settled, strict=True)):
-        start = number * buffers.case.elements * size
-        out = accuracy.tensor_at(buffers.out()[start : start + each.elements * size], buffers.dtype)
+        (target,) = buffers.targets()[number]
+        out = accuracy.tensor_in(View(target.offset, target.dtype), each.elements)
         expected = np.full(each.elements * size, 0xFF, np.uint8)
-        target = buffers.targets()[number][0]._replace(offset=expected.ctypes.data)
-        reference.merge([each], [[sweep]], [[target]], Run())
-        assert np.array_equal(out.view(accuracy.torch.uint8).numpy(), expected), "not the reference's bits"
+        reference.merge([each], [[sweep]], [[target._replace(offset=expected.ctypes.data)]], Run())
+        assert np.array_equal(out.view(torch.uint8).numpy(), expected), "not the reference's bits"
         exact = accuracy.exact(each, sweep)
         ours.append(accuracy.ulps(out, exact, each, buffers.dtype))
         theirs.append(accuracy.ulps(accuracy.eager(each, sweep), exact, each, buffers.dtype))
-    whole = accuracy.tensor_at(buffers.out(), buffers.dtype)
+    whole = torch.from_numpy(buffers.out()).view(TORCH[buffers.dtype])
     assert bool(whole.isfinite().all()), "a part of the output was never written"
     return {"error_ulp": accuracy.worst(ours), "eager_error_ulp": accuracy.worst(theirs)}
 

@@ -114,6 +114,7 @@ def info() -> None:
     with _mistakes():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         from . import backends
 
@@ -123,12 +124,12 @@ def info() -> None:
             table.add_row(
                 standing.provider,
                 *("yes" if op in standing.ops else "-" for op in backends.OPS),
-                standing.reason,
+                Text(standing.reason),  # no markup: it may name fastmerge[torch]
             )
         console.print(table)
         table = Table("instruction set", "runs", "why not")
         for isa, reason, chosen in backends.instruction_sets():
-            table.add_row(isa, "this one" if chosen else "-" if reason else "can", reason)
+            table.add_row(isa, "this one" if chosen else "-" if reason else "can", Text(reason))
         console.print(table)
         console.print(f"threads {backends.threads()}; FASTMERGE_ISA forces an instruction set", highlight=False)
 
@@ -190,8 +191,9 @@ def _bar(quiet: bool) -> Iterator[Progress | None]:
 def _closing(report: Report) -> str:
     peak = f", {_size(report.peak_anonymous_bytes)} of memory" if report.peak_anonymous_bytes else ""
     return (
-        f"{report.out}: {' + '.join(report.methods)} of {report.tensors:,} tensors, read {_size(report.bytes_read)}, "
-        f"wrote {_size(report.bytes_written)} in {report.seconds:.2f} s ({report.gigabytes_per_second:.1f} GB/s; "
+        f"{_printable(str(report.out))}: {' + '.join(report.methods)} of {report.tensors:,} tensors, "
+        f"read {_size(report.bytes_read)}, wrote {_size(report.bytes_written)} in {report.seconds:.2f} s "
+        f"({report.gigabytes_per_second:.1f} GB/s; "
         f"{', '.join(report.providers)}, {report.threads} threads{peak})"
     )
 

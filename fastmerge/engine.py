@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import backends
 from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
-from .errors import CheckpointError, FastmergeWarning, NonFiniteError, RecipeError
+from .errors import CheckpointError, FastmergeWarning, NonFiniteError, OutputError, RecipeError
 from .methods import Base, Measured, ranks, rescale_of
 from .plan import SHARD_SIZE, Job, Plan, Planned, Source, Stage
 from .plan import plan as make_plan
 from .recipe import Recipe
-from .sweep import Cut, Found, Inputs, Part, Rescale, Run, Sweep, Target, View
+from .sweep import EVERY, Cut, Found, Inputs, Part, Rescale, Run, Sweep, Target, View
 
 Progress = Callable[[int, int], None]
 
 #: Inputs that are measured and swept together, in bytes: small enough to be in the page cache the second time.
 _BATCH_BYTES = 1 << 28
 _BATCH_JOBS = 512
+_BATCH_FILES = 16  # outputs of a batch are open together
 _IDENTITY = Sweep((Part(),))
 
 
@@ -88,7 +91,7 @@ def merge(
     folder = Path(out)
     inputs = [model.path for stage in plan.stages for model in stage.models if isinstance(model, Checkpoint)]
     result = plan.stages[-1]
-    with Writer(folder, result.layout, inputs=inputs, overwrite=overwrite) as writer:
+    with _disk(folder), Writer(folder, result.layout, inputs=inputs, overwrite=overwrite) as writer:
         written: dict[str, Checkpoint] = {}
         for number, stage in enumerate(plan.stages[:-1]):
             place = folder / STAGES / str(number)  # its name is the user's, and may be any text
@@ -97,6 +100,7 @@ def merge(
                 between.commit(_sidecars(stage, recipe, place, seed))
             written[str(stage.name)] = open_checkpoint(place)
         _run(result, written, writer, work)
+        watch.finish()
         writer.commit(_sidecars(result, recipe, folder, seed))
     return Report(
         folder,
@@ -111,6 +115,19 @@ def merge(
     )
 
 
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """What the disk refuses while an op writes; the writer tells of the rest."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        raise OutputError(
+            f"{out} cannot be written ({error.strerror}): free some space, or choose another folder"
+        ) from None
+
+
 class _Watch:
     """Progress and memory, looked at whenever an op comes up for air."""
 
@@ -121,10 +138,14 @@ class _Watch:
         self._progress = progress
 
     def tick(self, read: int) -> None:
-        self.done += read
+        self.done = min(self.total, self.done + read)  # a threshold over a model reads its base once per model
         self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, _anonymous_bytes())
         if self._progress:
             self._progress(self.done, self.total)
+
+    def finish(self) -> None:
+        """A threshold that needed no look at the tensor left some undone."""
+        self.tick(self.total - self.done)
 
 
 @dataclass(slots=True)
@@ -159,7 +180,7 @@ def _run(stage: Stage, written: dict[str, Checkpoint], writer: Writer, work: _Wo
     try:
         cuts = _model_cuts(stage, models, work)
         for jobs in _batches(stage):
-            batch = _read(jobs, models)
+            batch = _read(jobs, models, work.propagate)
             for provider, mine in _shared_out(batch, work):
                 for job, found in _swept(mine, provider, cuts, writer, work):
                     if sum(found.nonfinite) and not work.propagate:
@@ -196,20 +217,23 @@ def _check_unchanged(models: Sequence[Checkpoint]) -> None:
 
 
 def _batches(stage: Stage) -> Iterator[list[Job]]:
+    file_of = {name: shard.name for shard in stage.layout.shards for name in shard.offsets}
     jobs: list[Job] = []
+    files: set[str] = set()
     filled = 0
     for job in stage.jobs:
         jobs.append(job)
+        files.add(file_of[job.name])
         filled += _bytes(stage, job)
-        if filled >= _BATCH_BYTES or len(jobs) >= _BATCH_JOBS:
+        if filled >= _BATCH_BYTES or len(jobs) >= _BATCH_JOBS or len(files) >= _BATCH_FILES:
             yield jobs
-            jobs, filled = [], 0
+            jobs, files, filled = [], set(), 0
     if jobs:
         yield jobs
 
 
-def _read(jobs: Sequence[Job], models: Sequence[Checkpoint]) -> _Batch:
-    """Maps what the jobs read. A copy is read as bytes, unless it can be looked at for NaN on the way."""
+def _read(jobs: Sequence[Job], models: Sequence[Checkpoint], propagate: bool) -> _Batch:
+    """Maps what the jobs read. A copy is read as bytes, unless it must and can be looked at for NaN on the way."""
     owners: list[object] = []
 
     def view(source: Source, raw: bool) -> View:
@@ -220,7 +244,7 @@ def _read(jobs: Sequence[Job], models: Sequence[Checkpoint]) -> _Batch:
     inputs = []
     for job in jobs:
         info = models[job.inputs[0].model].tensors[job.inputs[0].tensor]
-        raw = job.copy and info.dtype not in ("F32", "F16", "BF16")
+        raw = job.copy and (propagate or info.dtype not in ("F32", "F16", "BF16"))
         inputs.append(
             Inputs(
                 info.nbytes if raw else info.elements,
@@ -235,14 +259,17 @@ def _shared_out(batch: _Batch, work: _Work) -> Iterator[tuple[backends.Provider,
     """The batch by provider: most of it goes to the first, float64 to one that takes it."""
     shares: dict[str, tuple[backends.Provider, _Batch]] = {}
     for job, inputs in zip(batch.jobs, batch.inputs, strict=True):
-        views = inputs.models if inputs.base is None else (*inputs.models, inputs.base)
-        dtypes = {view.dtype for view in views} | {_dtype(job, inputs)}
+        dtypes = {view.dtype for view in _views(inputs)} | {_dtype(job, inputs)}
         provider = backends.choose(work.backend, dtypes)
         work.providers[provider.name] = None
         _, mine = shares.setdefault(provider.name, (provider, _Batch([], [], batch.owners)))
         mine.jobs.append(job)
         mine.inputs.append(inputs)
     yield from shares.values()
+
+
+def _views(inputs: Inputs) -> tuple[View, ...]:
+    return inputs.models if inputs.base is None else (*inputs.models, inputs.base)
 
 
 def _dtype(job: Job, inputs: Inputs) -> str:
@@ -302,8 +329,8 @@ def _model_cuts(stage: Stage, models: Sequence[Checkpoint], work: _Work) -> dict
     jobs = [job for job in stage.jobs if _selects(job) and job.settings.shared.get("scope") == "model"]
     if not jobs:
         return {}
-    batch = _read(jobs, models)
-    provider = backends.choose(work.backend, {view.dtype for inputs in batch.inputs for view in inputs.models})
+    batch = _read(jobs, models, work.propagate)
+    provider = backends.choose(work.backend, {view.dtype for inputs in batch.inputs for view in _views(inputs)})
     cuts: dict[str, list[Cut]] = {job.name: [] for job in jobs}
     for place in sorted({source.model for job in jobs for source in job.inputs}):
         parts = [
@@ -316,8 +343,9 @@ def _model_cuts(stage: Stage, models: Sequence[Checkpoint], work: _Work) -> dict
         wanted = ranks(parts[0][2], sum(inputs.elements for inputs in group))  # the plan saw to it: one density
         ((cut,),) = provider.threshold([group], [wanted], work.run)
         start = 0
-        for job, inputs, _ in parts:
-            cuts[job.name].append(Cut(cut.magnitude, max(0, cut.ties_end - start)))
+        for job, inputs, settings in parts:
+            every = settings.shared["ties"] == "all" and cut.ties_end > 0
+            cuts[job.name].append(Cut(cut.magnitude, EVERY if every else max(0, cut.ties_end - start)))
             start += inputs.elements
     return {name: tuple(each) for name, each in cuts.items()}
 

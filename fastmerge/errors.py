@@ -47,5 +47,9 @@ class BackendError(FastmergeError):
     """A provider or instruction set asked for by name cannot run here; the message says why."""
 
 
+#: What a provider says when an input that it reads through a mapping ends too soon; the engine finds out which.
+CUT = "an input file became shorter while it was read; merge again from a whole copy"
+
+
 class FastmergeWarning(UserWarning):
     """Something odd in the inputs, with a defined result."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .errors import BackendError, CheckpointError
+from .errors import CUT, BackendError, CheckpointError
 from .sweep import Cut, Found, Inputs, Mean, Run, Sweep, Target, View
 
 name = "cpu"
@@ -173,4 +173,4 @@ def _cut_inputs() -> Iterator[None]:
     try:
         yield
     except _core.InputCut:
-        raise CheckpointError("an input file became shorter while it was read; merge again from a whole copy") from None
+        raise CheckpointError(CUT) from None

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .errors import CUT, CheckpointError
 from .sweep import EVERY, Cut, Elect, Found, Inputs, Keep, Mean, Part, Run, Sweep, Target, TieVote, View
 
 name = "torch"
@@ -364,8 +366,35 @@ def _arithmetic(views: Sequence[View]) -> torch.dtype:
 
 
 def _load(view: View, begin: int, end: int) -> Tensor:
-    """A copy of some elements: memory of any alignment is read as bytes."""
-    return _bytes_at(view.address, view.dtype, begin, end - begin).clone().view(_DTYPES[view.dtype])
+    """A copy of some elements, from memory of any alignment.
+
+    Where the system offers its memory as a file it is read through that: then a mapped input that was cut is an error,
+    and not a signal that ends the process.
+    """
+    size = _DTYPES[view.dtype].itemsize
+    copied = torch.empty((end - begin) * size, dtype=torch.uint8)
+    memory = _memory_of(os.getpid())
+    if memory is None:
+        copied.copy_(_bytes_at(view.address, view.dtype, begin, end - begin))
+        return copied.view(_DTYPES[view.dtype])
+    rest, address = copied.numpy().data, view.address + begin * size
+    while rest:
+        try:
+            read = os.preadv(memory, [rest], address)
+        except OSError:
+            read = 0
+        if not read:
+            raise CheckpointError(CUT)
+        rest, address = rest[read:], address + read
+    return copied.view(_DTYPES[view.dtype])
+
+
+@lru_cache(maxsize=1)
+def _memory_of(process: int) -> int | None:
+    try:
+        return os.open(f"/proc/{process}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def _store(values: Tensor, target: Target, begin: int) -> None:

@@ -112,7 +112,12 @@ parameters:
   - {{filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}}
   - {{value: 0.5}}
 """,
-    "slerp-base-is-the-second": f"merge_method: slerp\nparameters: {{t: 0.2}}\n{PAIR.replace('model: a', 'model: b', 1)}",
+    "slerp-base-is-the-second": """
+merge_method: slerp
+base_model: b
+models: [model: a, model: b]
+parameters: {t: 0.2}
+""",
     "slerp-slices": """
 merge_method: slerp
 base_model: b
@@ -169,16 +174,19 @@ slices:
 }
 
 OUT_DTYPES = {
-    "out-bfloat16": f"merge_method: ties\nparameters: {{density: 0.5}}\n{WEIGHTED}dtype: float32\nout_dtype: bfloat16\n",
+    "out-bfloat16": f"merge_method: ties\n{WEIGHTED}dtype: float32\nout_dtype: bfloat16\n",
     "out-float16": f"merge_method: linear\nparameters: {{weight: 1}}\n{THREE}dtype: float32\nout_dtype: float16\n",
     "out-float32-of-bfloat16": (
         "merge_method: linear\nparameters: {weight: 1}\nmodels: [model: bf16/a, model: bf16/b]\n"
         "dtype: float32\nout_dtype: float32\n"
     ),
     "mixed-inputs": "merge_method: linear\nparameters: {weight: 0.3}\nmodels: [model: bf16/a, model: b]\n",
-    "mixed-inputs-task_arithmetic": (
-        "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 0.3}\nmodels: [model: bf16/a, model: b]\n"
-    ),
+    "mixed-inputs-task_arithmetic": """
+merge_method: task_arithmetic
+base_model: base
+models: [model: bf16/a, model: b]
+parameters: {weight: 0.3}
+""",
 }
 
 WEIGHTS = (0.6180339, 1.0, 0.2718281)

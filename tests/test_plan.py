@@ -604,6 +604,23 @@ def test_modules_that_do_not_fit_the_model(change: tuple[str, str], message: str
     assert message in refusal(MODULES.replace(*change), RecipeError)
 
 
+@pytest.mark.usefixtures("models")
+def test_a_part_of_the_model_has_one_module() -> None:
+    text = "merge_method: passthrough\nmodules:\n  layers: {models: [model: a]}\n  model.layers: {models: [model: a]}\n"
+    assert refusal(text, RecipeError) == (
+        "recipe.yml:4: modules.model.layers: the module 'layers' is the same part; keep one of them"
+    )
+
+
+def test_two_stacks_that_one_nested_config_counts_both_change_it() -> None:
+    tensors: Tensors = {f"{part}.{n}.w": ("F32", (2,)) for part in ("encoder", "decoder") for n in range(3)}
+    counts = {"encoder_layers": 3, "decoder_layers": 3}
+    save("a", tensors, {"text_config": counts, "torch_dtype": "float32"})
+    sliced = "{slices: [sources: [{model: a, layer_range: [0, %s]}]]}"
+    text = f"merge_method: passthrough\nmodules:\n  encoder: {sliced % 1}\n  decoder: {sliced % 2}\n"
+    assert stage(text).config_changes == {"text_config": {"encoder_layers": 1, "decoder_layers": 2}}
+
+
 # --- models that do not fit ---
 
 

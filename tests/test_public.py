@@ -1,0 +1,232 @@
+"""What others rely on: the public names and their docs, what importing costs, and who imports whom."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import io
+import json
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+import fastmerge
+from fastmerge import errors
+from fastmerge.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastmerge"
+
+#: Which rooms of the package a room may import; `errors` and `sweep` may be imported by any, and import none.
+ROOMS = {
+    "__init__": {"engine", "plan", "recipe"},
+    "cli": {"backends", "demo", "engine", "plan", "recipe"},
+    "demo": {"backends", "checkpoint", "engine", "methods", "recipe"},
+    "engine": {"backends", "checkpoint", "methods", "plan", "recipe", "sources"},
+    "plan": {"checkpoint", "configs", "fit", "layers", "methods", "parameters", "recipe", "settings", "sources"},
+    "fit": {"checkpoint", "configs", "layers"},
+    "settings": {"layers", "methods", "parameters", "recipe"},
+    "configs": {"checkpoint", "layers", "recipe"},
+    "layers": {"recipe"},
+    "recipe": {"marked", "methods", "parameters"},
+    "parameters": {"marked", "methods"},
+    "marked": set(),
+    "methods": set(),
+    "backends": {"kernels", "native", "reference"},
+    "native": {"_core"},
+    "reference": set(),
+    "kernels": set(),
+    "checkpoint": set(),
+    "sources": {"checkpoint"},
+    "sweep": set(),
+    "errors": set(),
+}
+#: Which rooms may import these packages.
+HEAVY = {
+    "click": {"cli"},
+    "rich": {"cli", "demo"},
+    "pydantic": {"recipe"},
+    "yaml": {"marked", "recipe"},
+    "torch": {"kernels", "reference"},
+    "triton": {"kernels"},
+    "safetensors": set(),
+    "transformers": set(),
+}
+
+
+def python(code: str, *arguments: str) -> str:
+    """What a script prints in a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("name", fastmerge.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    value = getattr(fastmerge, name)
+    doc = inspect.getdoc(value) or ""
+    assert len(doc) > 10
+    assert not doc.startswith(f"{name}("), "the docstring that a dataclass makes up"
+
+
+@pytest.mark.parametrize("method", ["load", "parse"])
+def test_a_recipe_is_made_in_two_documented_ways(method: str) -> None:
+    assert inspect.getdoc(getattr(fastmerge.Recipe, method))
+
+
+def test_all_is_what_is_public() -> None:
+    modules = {name for name, value in vars(fastmerge).items() if inspect.ismodule(value)}
+    public = {name for name in dir(fastmerge) if not name.startswith("_")}
+    assert public - modules - {"TYPE_CHECKING", "Any", "annotations"} == set(fastmerge.__all__) - modules
+    assert fastmerge.__all__ == sorted(fastmerge.__all__)
+
+
+def test_every_error_is_public_and_has_one_root() -> None:
+    kinds = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert set(kinds) <= set(fastmerge.__all__)
+    for name, kind in kinds.items():
+        assert issubclass(kind, UserWarning if name == "FastmergeWarning" else fastmerge.FastmergeError)
+        assert name == "FastmergeWarning" or name in (errors.__doc__ or "")
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fastmerge' has no attribute 'absent'"):
+        fastmerge.absent  # noqa: B018
+
+
+@pytest.mark.xfail(strict=True, reason="importing the submodule fastmerge.plan hides the function of that name")
+def test_a_public_name_is_never_a_module_whatever_is_asked_for_first() -> None:
+    code = """
+import sys, fastmerge
+found = [getattr(fastmerge, name) for name in sys.argv[1:] * 2]
+assert not any(isinstance(value, ModuleType) for value in found), found
+"""
+    for order in permutations(("merge", "plan", "Recipe")):
+        python(code, *order)
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert fastmerge.__version__ == version("fastmerge")
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    core = pytest.importorskip("fastmerge._core", reason="compiled core not built", exc_type=ImportError)
+    stubbed = {
+        node.name if isinstance(node, ast.FunctionDef | ast.ClassDef) else node.target.id
+        for node in ast.parse((PACKAGE / "_core.pyi").read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        or (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
+    }
+    public = {name for name in dir(core) if not name.startswith("_")}
+    assert public <= stubbed
+
+
+def test_the_kernels_are_installed_within_the_package() -> None:
+    assert importlib.import_module("fastmerge.kernels").__name__ == "fastmerge.kernels"
+
+
+# --- what importing costs ---
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import fastmerge", "torch triton numpy pydantic yaml rich click transformers"),
+        ("import fastmerge.cli", "torch triton numpy pydantic yaml rich transformers asyncio"),
+        ("import fastmerge.engine, fastmerge.native", "torch triton rich transformers"),
+        ("from fastmerge import merge, plan, Recipe, Report, Plan", "torch triton rich transformers"),
+    ],
+    ids=["package", "command-line", "engine", "public-names"],
+)
+def test_an_import_brings_nothing_heavy(statement: str, absent: str) -> None:
+    loaded = json.loads(python(f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"))
+    assert "fastmerge" in loaded
+    assert set(absent.split()) & set(loaded) == set()
+
+
+# --- who imports whom ---
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Each Python file of the package with its room: a module, or a folder of them."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        yield file.relative_to(PACKAGE).parts[0].removesuffix(".py"), file
+    for file in sorted((ROOT / "kernels").rglob("*.py")):
+        yield "kernels", file
+
+
+def imports(room: str, file: Path) -> Iterator[str]:
+    """The absolute names that a file imports, at its top, in a function or for type checkers."""
+    inside = file.relative_to(PACKAGE).parent.parts if room != "kernels" else ("kernels",)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ("fastmerge", *inside)[: len(inside) + 2 - node.level] if node.level else ()
+            name = ".".join((*above, *([node.module] if node.module else [])))
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+def rooms_imported(room: str, file: Path) -> set[str]:
+    parts = [name.split(".") for name in imports(room, file)]
+    return {names[1] for names in parts if names[0] == "fastmerge"} - {room, "__version__"}
+
+
+@pytest.mark.parametrize(("room", "file"), list(sources()), ids=[str(file.relative_to(ROOT)) for _, file in sources()])
+def test_a_room_imports_only_what_lies_below_it(room: str, file: Path) -> None:
+    assert room in ROOMS, "a new room: say in ROOMS what it may import"
+    shared = set() if room in ("errors", "sweep") else {"errors", "sweep"}
+    assert rooms_imported(room, file) - shared <= ROOMS[room]
+
+
+def test_the_rooms_lie_in_one_order() -> None:
+    """No room is above itself, by whatever way."""
+    left = {room: set(below) for room, below in ROOMS.items()}
+    while left:
+        lowest = [room for room, below in left.items() if not below & left.keys()]
+        assert lowest, f"a circle among {', '.join(left)}"
+        for room in lowest:
+            del left[room]
+
+
+@pytest.mark.parametrize("package", HEAVY)
+def test_a_heavy_package_is_imported_only_where_it_belongs(package: str) -> None:
+    users = {room for room, file in sources() for name in imports(room, file) if name.split(".")[0] == package}
+    assert users <= HEAVY[package]
+
+
+@pytest.mark.parametrize("room", ["methods", "sweep", "errors"])
+def test_plain_data_needs_only_the_standard_library(room: str) -> None:
+    tops = {name.split(".")[0] for name in imports(room, PACKAGE / f"{room}.py")} - {"fastmerge"}
+    assert tops <= sys.stdlib_module_names
+
+
+def test_no_kernel_knows_the_name_of_a_method() -> None:
+    """In csrc and kernels. Ties is also the plain word for equals."""
+    files = [file for folder in ("csrc", "kernels") for file in (ROOT / folder).rglob("*") if file.is_file()]
+    assert any(file.suffix == ".inl" for file in files)
+    for file in files:
+        if file.suffix in (".h", ".cpp", ".cu", ".inl", ".py"):
+            assert words(file) & METHODS.keys() <= {"ties"}, file.name
+
+
+def words(file: Path) -> set[str]:
+    """The words of a source file without its comments."""
+    text = file.read_text()
+    if file.suffix == ".py":
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        text = " ".join(token.string for token in tokens if token.type in (tokenize.NAME, tokenize.STRING))
+        text = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)
+    else:
+        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+    return set(re.findall(r"\w+", text))
