@@ -59,6 +59,7 @@ class Row(NamedTuple):
     anonymous_mb: float | None = None  # peak of sampled RssAnon
     resident_mb: float | None = None  # ru_maxrss: mapped files too
     peer_seconds: float | None = None
+    peer_anonymous_mb: float | None = None
     peer_resident_mb: float | None = None
 
 
@@ -146,8 +147,8 @@ def _cells(row: Row) -> list[str]:
     error = "" if row.error_ulp is None else f"{row.error_ulp:.3f}"
     peer = "" if row.peer_error_ulp is None else f" ({row.peer} {row.peer_error_ulp:.3g})"
     memory = "" if row.anonymous_mb is None else f"{row.anonymous_mb:.0f}"
-    if row.peer_resident_mb is not None:
-        memory += f" ({row.peer} {row.peer_resident_mb:.0f} resident)"
+    if row.peer_anonymous_mb is not None:
+        memory += f" ({row.peer} {row.peer_anonymous_mb:.0f})"
     processors = "" if row.processors is None else f"{row.processors:.1f}"
     rates = [f"{row.gbps:.1f}", "" if row.ceiling_gbps is None else f"{row.ceiling_gbps:.1f}"]
     return [
@@ -173,10 +174,13 @@ def _append(path: Path, row: Row, threads: int) -> None:
             values[key] = value
     shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
+    with open(path, "a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        columns = next(csv.reader(file), None)
+        if columns not in (None, list(shown)):
+            raise pytest.UsageError(f"{path} has other columns than this bench writes: name a new file with --csv")
         writer = csv.DictWriter(file, shown)
-        if new:
+        if columns is None:
             writer.writeheader()
         writer.writerow(shown)
 

@@ -149,6 +149,7 @@ def test_against_mergekit(
         anonymous_mb=max(child.anonymous_mb for child in children),
         resident_mb=max(child.resident_mb for child in children),
         peer_seconds=peer.seconds,
+        peer_anonymous_mb=peer.anonymous_mb,
         peer_resident_mb=peer.resident_mb,
     )
     benchmark.extra_info.update(times=row.times.median, peer_seconds=peer.seconds)

@@ -23,7 +23,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .engine import Report, merge
-    from .plan import Plan, plan
+    from .planner import Plan, plan
     from .recipe import Recipe
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ __all__ = [
     "plan",
 ]
 
-_LAZY = {"Report": "engine", "merge": "engine", "Plan": "plan", "plan": "plan", "Recipe": "recipe"}
+_LAZY = {"Report": "engine", "merge": "engine", "Plan": "planner", "plan": "planner", "Recipe": "recipe"}
 
 
 def __getattr__(name: str) -> Any:

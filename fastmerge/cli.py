@@ -16,7 +16,7 @@ from .errors import FastmergeError, FastmergeWarning
 
 if TYPE_CHECKING:
     from .engine import Progress, Report
-    from .plan import Plan
+    from .planner import Plan
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -96,7 +96,7 @@ def merge(recipe: Path, out: Path, quiet: bool, **options: Any) -> None:
 def plan(recipe: Path, seed: int | None, shard_size: int, as_json: bool) -> None:
     """Tell what merging RECIPE would read, compute and write, from headers alone."""
     with _mistakes():
-        from .plan import plan as make_plan
+        from .planner import plan as make_plan
         from .recipe import Recipe
 
         made = make_plan(Recipe.load(recipe), seed=seed, shard_size=shard_size)

@@ -17,8 +17,8 @@ from . import backends
 from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
 from .errors import CheckpointError, FastmergeWarning, NonFiniteError, OutputError, RecipeError
 from .methods import Base, Measured, ranks, rescale_of
-from .plan import SHARD_SIZE, Job, Plan, Planned, Source, Stage
-from .plan import plan as make_plan
+from .planner import SHARD_SIZE, Job, Plan, Planned, Source, Stage
+from .planner import plan as make_plan
 from .recipe import Recipe
 from .sweep import EVERY, Cut, Found, Inputs, Part, Rescale, Run, Sweep, Target, View
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import fastmerge
 from fastmerge import BackendError, CheckpointError, FastmergeWarning, MismatchError, NonFiniteError, OutputError
 from fastmerge.checkpoint import encode_header, open_checkpoint
-from fastmerge.plan import plan
+from fastmerge.planner import plan
 from fastmerge.recipe import Recipe
 
 Tensors = dict[str, torch.Tensor]

@@ -16,7 +16,7 @@ import pytest
 from fastmerge.checkpoint import DTYPE_BITS
 from fastmerge.errors import FastmergeWarning, MismatchError, RecipeError
 from fastmerge.methods import METHODS
-from fastmerge.plan import Job, Plan, Planned, Source, Stage, plan
+from fastmerge.planner import Job, Plan, Planned, Source, Stage, plan
 from fastmerge.recipe import Recipe
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
