@@ -31,20 +31,21 @@ def ulps(values: Tensor, exact: Tensor, inputs: Inputs, dtype: str) -> Tensor:
 
 
 def exact(inputs: Inputs, sweep: Sweep) -> Tensor:
-    """The sweep in float64, of the same inputs, with the same random drops."""
+    """The sweep in float64, of what is kept of the same inputs."""
     models, base = _loaded(inputs)
     wide = [model.to(torch.float64) for model in models]
-    return reference.sweep_tile(wide, None if base is None else base.to(torch.float64), sweep, 0)
+    origin = None if base is None else base.to(torch.float64)
+    deltas = _kept([reference.delta(model, origin) for model in wide], models, base, sweep)
+    scaled = [reference.scale(d, part.rescale) for d, part in zip(deltas, sweep.parts, strict=True)]
+    weighted = [reference.scale(d, part.weight) for d, part in zip(scaled, sweep.parts, strict=True)]
+    return reference.add(origin, reference.scale(reference.mean(scaled, weighted, sweep), sweep.lambda_))
 
 
 def eager(inputs: Inputs, sweep: Sweep) -> Tensor:
     """The sweep in the tensors' own dtype, a PyTorch line per stage; only what is kept of a delta is told to it."""
     models, base = _loaded(inputs)
-    deltas = []
-    for model, part in zip(models, sweep.parts, strict=True):
-        full = reference.delta(model.float(), None if base is None else base.float())
-        kept = reference.keep(full, sweep.keep, part, 0) != 0
-        deltas.append(torch.where(kept, model if base is None else model - base, 0) * part.rescale)
+    deltas = _kept([model if base is None else model - base for model in models], models, base, sweep)
+    deltas = [d * part.rescale for d, part in zip(deltas, sweep.parts, strict=True)]
     weighted = torch.stack([d * part.weight for d, part in zip(deltas, sweep.parts, strict=True)])  # [M, n]
     if sweep.elect is Elect.NONE:
         merged = weighted.sum(0) / sweep.divisor
@@ -71,3 +72,13 @@ def worst(errors: Sequence[Tensor]) -> float:
 def _loaded(inputs: Inputs) -> tuple[list[Tensor], Tensor | None]:
     models = [tensor_in(view, inputs.elements) for view in inputs.models]
     return models, None if inputs.base is None else tensor_in(inputs.base, inputs.elements)
+
+
+def _kept(deltas: Sequence[Tensor], models: Sequence[Tensor], base: Tensor | None, sweep: Sweep) -> list[Tensor]:
+    """The deltas, zero where the sweep drops them: its selection is of the float32 deltas, at any precision."""
+    origin = None if base is None else base.float()
+    whole = [reference.delta(model.float(), origin) for model in models]
+    return [
+        torch.where(reference.keep(each, sweep.keep, part, 0) != 0, delta, 0)
+        for delta, each, part in zip(deltas, whole, sweep.parts, strict=True)
+    ]

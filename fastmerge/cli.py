@@ -21,29 +21,23 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-class _Size(click.ParamType[int]):
-    """A number of bytes, in decimal units: 5GB, 500MB, 1000000."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().lower().removesuffix("b")
-        unit = text[-1:] if text[-1:] in "kmgt" else ""
-        try:
-            size = round(float(text.removesuffix(unit)) * _UNITS[unit])
-        except (ValueError, OverflowError):
-            size = 0
-        if size <= 0:
-            self.fail(f"{value!r} is not a size; write for example 5GB or 500MB", param, ctx)
-        return size
+def _bytes(text: str) -> int:
+    """A number of bytes in decimal units: 5GB, 500MB, 1000000."""
+    number = text.strip().lower().removesuffix("b")
+    unit = number[-1:] if number[-1:] in "kmgt" else ""
+    try:
+        size = round(float(number.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise click.BadParameter(f"{text!r} is not a size; write for example 5GB or 500MB")
+    return size
 
 
 _recipe = click.argument("recipe", type=click.Path(path_type=Path))
 _seed = click.option("--seed", type=click.IntRange(0), help="Seed of the random drops; before the recipe's own.")
 _shard_size = click.option(
-    "--shard-size", type=_Size(), default="5GB", show_default=True, help="Most bytes in one file."
+    "--shard-size", type=_bytes, metavar="SIZE", default="5GB", show_default=True, help="Most bytes in one file."
 )
 _backend = click.option(
     "--backend",

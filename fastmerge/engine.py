@@ -14,21 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import backends
+from .batches import Batch, in_batches, input_bytes, output_dtype, read, share_out
 from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
-from .errors import CheckpointError, FastmergeWarning, NonFiniteError, OutputError, RecipeError
-from .methods import Base, Measured, ranks, rescale_of
-from .planner import SHARD_SIZE, Job, Plan, Planned, Source, Stage
+from .errors import CheckpointError, FastmergeWarning, NonFiniteError, OutputError
+from .measures import measured, model_cuts, passes
+from .methods import Base
+from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
 from .planner import plan as make_plan
 from .recipe import Recipe
-from .sweep import EVERY, Cut, Found, Inputs, Part, Rescale, Run, Sweep, Target, View
+from .sweep import Cut, Found, Run, Target
 
 Progress = Callable[[int, int], None]
-
-#: Inputs that are measured and swept together, in bytes: small enough to be in the page cache the second time.
-_BATCH_BYTES = 1 << 28
-_BATCH_JOBS = 512
-_BATCH_FILES = 16  # outputs of a batch are open together
-_IDENTITY = Sweep((Part(),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +87,20 @@ def merge(
     folder = Path(out)
     inputs = [model.path for stage in plan.stages for model in stage.models if isinstance(model, Checkpoint)]
     result = plan.stages[-1]
+    options = ("" if seed is None else f" --seed {seed}") + (
+        "" if shard_size == SHARD_SIZE else f" --shard-size {shard_size}"
+    )
     with _disk(folder), Writer(folder, result.layout, inputs=inputs, overwrite=overwrite) as writer:
         written: dict[str, Checkpoint] = {}
         for number, stage in enumerate(plan.stages[:-1]):
             place = folder / STAGES / str(number)  # its name is the user's, and may be any text
             with Writer(place, stage.layout, inputs=(), overwrite=False) as between:
                 _run(stage, written, between, work)
-                between.commit(_sidecars(stage, recipe, place, seed))
+                between.commit(_sidecars(stage, recipe, place, options))
             written[str(stage.name)] = open_checkpoint(place)
         _run(result, written, writer, work)
         watch.finish()
-        writer.commit(_sidecars(result, recipe, folder, seed))
+        writer.commit(_sidecars(result, recipe, folder, options))
     return Report(
         folder,
         tuple(dict.fromkeys(stage.document.method.name for stage in plan.stages)),
@@ -132,7 +131,7 @@ class _Watch:
     """Progress and memory, looked at whenever an op comes up for air."""
 
     def __init__(self, plan: Plan, progress: Progress | None) -> None:
-        self.total = sum(_passes(job) * _bytes(stage, job) for stage in plan.stages for job in stage.jobs)
+        self.total = sum(passes(job) * input_bytes(stage, job) for stage in plan.stages for job in stage.jobs)
         self.done = 0
         self.peak_anonymous_bytes = 0
         self._progress = progress
@@ -163,25 +162,17 @@ class _Work:
         return Run(self.threads, tick=self.watch.tick)
 
 
-@dataclass(slots=True)
-class _Batch:
-    """Jobs done together: what they read, and the owners that keep it mapped."""
-
-    jobs: list[Job]
-    inputs: list[Inputs]
-    owners: list[object]
-
-
 def _run(stage: Stage, written: dict[str, Checkpoint], writer: Writer, work: _Work) -> None:
     """Does all jobs of a stage, batch by batch, then makes sure that no input changed meanwhile."""
     models = [written[model.name] if isinstance(model, Planned) else model for model in stage.models]
     _warn_of_no_deltas(stage, models)
     overflown: dict[str, int] = {}
     try:
-        cuts = _model_cuts(stage, models, work)
-        for jobs in _batches(stage):
-            batch = _read(jobs, models, work.propagate)
-            for provider, mine in _shared_out(batch, work):
+        cuts = model_cuts(stage, models, work.backend, work.run)
+        for jobs in in_batches(stage):
+            batch = read(jobs, models, work.propagate)
+            for provider, mine in share_out(batch, work.backend):
+                work.providers[provider.name] = None
                 for job, found in _swept(mine, provider, cuts, writer, work):
                     if sum(found.nonfinite) and not work.propagate:
                         raise _nonfinite(job, found, models)
@@ -195,16 +186,16 @@ def _run(stage: Stage, written: dict[str, Checkpoint], writer: Writer, work: _Wo
 
 
 def _swept(
-    batch: _Batch,
+    batch: Batch,
     provider: backends.Provider,
     cuts: Mapping[str, tuple[Cut, ...]],
     writer: Writer,
     work: _Work,
 ) -> Iterator[tuple[Job, Found]]:
-    sweeps = _measured(batch, provider, cuts, work)
+    sweeps = measured(batch, provider, cuts, work.run)
     places = [writer.target(job.name) for job in batch.jobs]  # holds the files open
     targets = [
-        [Target(_dtype(job, inputs), offset, file)]
+        [Target(output_dtype(job, inputs), offset, file)]
         for job, inputs, (file, offset) in zip(batch.jobs, batch.inputs, places, strict=True)
     ]
     found = provider.merge(batch.inputs, [[sweep] for sweep in sweeps], targets, work.run)
@@ -214,140 +205,6 @@ def _swept(
 def _check_unchanged(models: Sequence[Checkpoint]) -> None:
     for model in models:
         model.check_unchanged()
-
-
-def _batches(stage: Stage) -> Iterator[list[Job]]:
-    file_of = {name: shard.name for shard in stage.layout.shards for name in shard.offsets}
-    jobs: list[Job] = []
-    files: set[str] = set()
-    filled = 0
-    for job in stage.jobs:
-        jobs.append(job)
-        files.add(file_of[job.name])
-        filled += _bytes(stage, job)
-        if filled >= _BATCH_BYTES or len(jobs) >= _BATCH_JOBS or len(files) >= _BATCH_FILES:
-            yield jobs
-            jobs, files, filled = [], set(), 0
-    if jobs:
-        yield jobs
-
-
-def _read(jobs: Sequence[Job], models: Sequence[Checkpoint], propagate: bool) -> _Batch:
-    """Maps what the jobs read. A copy is read as bytes, unless it must and can be looked at for NaN on the way."""
-    owners: list[object] = []
-
-    def view(source: Source, raw: bool) -> View:
-        address, owner = models[source.model].address(source.tensor)
-        owners.append(owner)
-        return View(address, "U8" if raw else models[source.model].tensors[source.tensor].dtype)
-
-    inputs = []
-    for job in jobs:
-        info = models[job.inputs[0].model].tensors[job.inputs[0].tensor]
-        raw = job.copy and (propagate or info.dtype not in ("F32", "F16", "BF16"))
-        inputs.append(
-            Inputs(
-                info.nbytes if raw else info.elements,
-                tuple(view(source, raw) for source in job.inputs),
-                None if job.base is None else view(job.base, raw),
-            )
-        )
-    return _Batch(list(jobs), inputs, owners)
-
-
-def _shared_out(batch: _Batch, work: _Work) -> Iterator[tuple[backends.Provider, _Batch]]:
-    """The batch by provider: most of it goes to the first, float64 to one that takes it."""
-    shares: dict[str, tuple[backends.Provider, _Batch]] = {}
-    for job, inputs in zip(batch.jobs, batch.inputs, strict=True):
-        dtypes = {view.dtype for view in _views(inputs)} | {_dtype(job, inputs)}
-        provider = backends.choose(work.backend, dtypes)
-        work.providers[provider.name] = None
-        _, mine = shares.setdefault(provider.name, (provider, _Batch([], [], batch.owners)))
-        mine.jobs.append(job)
-        mine.inputs.append(inputs)
-    yield from shares.values()
-
-
-def _views(inputs: Inputs) -> tuple[View, ...]:
-    return inputs.models if inputs.base is None else (*inputs.models, inputs.base)
-
-
-def _dtype(job: Job, inputs: Inputs) -> str:
-    return "U8" if inputs.models[0].dtype == "U8" else job.dtype
-
-
-# --- measures ---
-
-
-def _measured(
-    batch: _Batch, provider: backends.Provider, cuts: Mapping[str, tuple[Cut, ...]], work: _Work
-) -> list[Sweep]:
-    """The sweep of each job, after whatever its method wants to know of the tensors."""
-    sweeps = [_IDENTITY] * len(batch.jobs)
-    selecting = [i for i, job in enumerate(batch.jobs) if _selects(job) and job.name not in cuts]
-    found = provider.threshold(
-        [[batch.inputs[i]] for i in selecting],
-        [ranks(batch.jobs[i].settings, batch.inputs[i].elements) for i in selecting],
-        work.run,
-    )
-    chosen = dict(zip(selecting, found, strict=True))
-    products = _gram(batch, provider, work)
-    for i, job in enumerate(batch.jobs):
-        if not job.copy:
-            measured = Measured(cuts.get(job.name) or chosen.get(i, ()), products.get(i, ()))
-            sweeps[i] = job.method.sweep(job.settings, measured)
-    return _rescaled(batch, sweeps, provider, work)
-
-
-def _gram(batch: _Batch, provider: backends.Provider, work: _Work) -> dict[int, list[list[float]]]:
-    wanted = [i for i, job in enumerate(batch.jobs) if job.method.gram and not job.copy]
-    found = provider.gram([batch.inputs[i] for i in wanted], work.run)
-    return {i: products.tolist() for i, products in zip(wanted, found, strict=True)}
-
-
-def _rescaled(batch: _Batch, sweeps: list[Sweep], provider: backends.Provider, work: _Work) -> list[Sweep]:
-    """Where a method matches norms: each part's rescale becomes the norm before `Keep` over the norm after it."""
-    matched = {i: rescale_of(job.method, job.settings) for i, job in enumerate(batch.jobs) if not job.copy}
-    wanted = [i for i, rescale in matched.items() if rescale is not Rescale.NONE]
-    found = provider.norms([batch.inputs[i] for i in wanted], [sweeps[i] for i in wanted], work.run)
-    for i, norms in zip(wanted, found, strict=True):
-        column = int(matched[i]) - 1
-        parts = [
-            dataclasses.replace(part, rescale=before / after if before >= 1e-7 and after >= 1e-7 else 1.0)
-            for part, (before, after) in zip(sweeps[i].parts, norms[:, :, column].tolist(), strict=True)
-        ]
-        sweeps[i] = dataclasses.replace(sweeps[i], parts=tuple(parts))
-    return sweeps
-
-
-def _selects(job: Job) -> bool:
-    return job.method.selects and not job.copy
-
-
-def _model_cuts(stage: Stage, models: Sequence[Checkpoint], work: _Work) -> dict[str, tuple[Cut, ...]]:
-    """`scope: model`: one selection over all tensors of a model, told to each tensor in its own indices."""
-    jobs = [job for job in stage.jobs if _selects(job) and job.settings.shared.get("scope") == "model"]
-    if not jobs:
-        return {}
-    batch = _read(jobs, models, work.propagate)
-    provider = backends.choose(work.backend, {view.dtype for inputs in batch.inputs for view in _views(inputs)})
-    cuts: dict[str, list[Cut]] = {job.name: [] for job in jobs}
-    for place in sorted({source.model for job in jobs for source in job.inputs}):
-        parts = [
-            (job, inputs._replace(models=(inputs.models[at],)), dataclasses.replace(job.settings, models=(own,)))
-            for job, inputs in zip(jobs, batch.inputs, strict=True)
-            for at, (source, own) in enumerate(zip(job.inputs, job.settings.models, strict=True))
-            if source.model == place
-        ]
-        group = [inputs for _, inputs, _ in parts]
-        wanted = ranks(parts[0][2], sum(inputs.elements for inputs in group))  # the plan saw to it: one density
-        ((cut,),) = provider.threshold([group], [wanted], work.run)
-        start = 0
-        for job, inputs, settings in parts:
-            every = settings.shared["ties"] == "all" and cut.ties_end > 0
-            cuts[job.name].append(Cut(cut.magnitude, EVERY if every else max(0, cut.ties_end - start)))
-            start += inputs.elements
-    return {name: tuple(each) for name, each in cuts.items()}
 
 
 # --- what is said ---
@@ -391,14 +248,10 @@ def _warn_of_overflow(stage: Stage, overflown: Mapping[str, int]) -> None:
         )
 
 
-def _sidecars(stage: Stage, recipe: Recipe, out: Path, seed: int | None) -> dict[str, bytes]:
+def _sidecars(stage: Stage, recipe: Recipe, out: Path, options: str) -> dict[str, bytes]:
     from . import __version__
 
-    method = stage.jobs[0].method if stage.jobs else None
-    if method is None:
-        raise RecipeError("the recipe gives no tensors")
-    base = next((stage.models[job.base.model].name for job in stage.jobs if job.base), None)
-    options = "" if seed is None else f" --seed {seed}"
+    method, base = stage.document.method, stage.document.base_model
     return sidecars(
         stage.donor,
         stage.config_changes,
@@ -406,22 +259,11 @@ def _sidecars(stage: Stage, recipe: Recipe, out: Path, seed: int | None) -> dict
         method=method.name,
         paper=method.paper,
         models=[model.name for model in stage.models],
-        base=base,
+        base=base.name if base else None,
         command=f"fastmerge merge mergekit_config.yml {shlex.quote(out.name)}{options}",
         version=__version__,
         title=out.resolve().name,
     )
-
-
-def _bytes(stage: Stage, job: Job) -> int:
-    return sum(stage.models[source.model].tensors[source.tensor].nbytes for source in job.sources)
-
-
-def _passes(job: Job) -> int:
-    """How often a job reads its inputs: once, and once more for each thing that its method measures."""
-    if job.copy:
-        return 1
-    return 1 + job.method.selects + job.method.gram + (rescale_of(job.method, job.settings) is not Rescale.NONE)
 
 
 def _anonymous_bytes() -> int:

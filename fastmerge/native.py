@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from .errors import CUT, BackendError, CheckpointError
-from .sweep import Cut, Found, Inputs, Mean, Run, Sweep, Target, View
+from .sweep import Cut, Found, Inputs, Mean, Run, Sweep, Target
 
 name = "cpu"
 
@@ -121,12 +121,8 @@ def merge(
 # --- records ---
 
 
-def _inputs(tensor: Inputs) -> tuple[View, ...]:
-    return tensor.models if tensor.base is None else (*tensor.models, tensor.base)
-
-
 def _rows(tensors: Sequence[Inputs], groups: Sequence[int] | None = None) -> NDArray[np.void]:
-    rows = [(t.elements, len(t.models), len(t.models) + (t.base is not None), 1, 0) for t in tensors]
+    rows = [(t.elements, len(t.models), len(t.views), 1, 0) for t in tensors]
     records = np.array(rows, _core.ROW)
     if groups is not None:
         records["group"] = groups
@@ -134,7 +130,7 @@ def _rows(tensors: Sequence[Inputs], groups: Sequence[int] | None = None) -> NDA
 
 
 def _views(tensors: Sequence[Inputs]) -> NDArray[np.void]:
-    return np.array([(v.address, _CODES[v.dtype]) for tensor in tensors for v in _inputs(tensor)], _core.VIEW)
+    return np.array([(v.address, _CODES[v.dtype]) for tensor in tensors for v in tensor.views], _core.VIEW)
 
 
 def _sweeps(settings: Sequence[Sequence[Sweep]]) -> NDArray[np.void]:

@@ -218,7 +218,7 @@ def _philox(blocks: Tensor, stream: int, key: int) -> tuple[Tensor, Tensor, Tens
 def _gram(inputs: Inputs, run: Run) -> NDArray[np.float64]:
     count = len(inputs.models)
     products: NDArray[np.float64] = np.zeros((count, count))
-    for _, models, base in _tiles(inputs, _TILE, run, _arithmetic(_views(inputs))):
+    for _, models, base in _tiles(inputs, _TILE, run, _arithmetic(inputs.views)):
         deltas = [_finite(delta(model, base)).to(torch.float64) for model in models]
         for i in range(count):
             for j in range(i, count):
@@ -229,7 +229,7 @@ def _gram(inputs: Inputs, run: Run) -> NDArray[np.float64]:
 
 def _norms(inputs: Inputs, sweep: Sweep, run: Run) -> NDArray[np.float64]:
     found = np.zeros((len(inputs.models), 2, 3))
-    for begin, models, base in _tiles(inputs, _TILE, run, _arithmetic(_views(inputs))):
+    for begin, models, base in _tiles(inputs, _TILE, run, _arithmetic(inputs.views)):
         for model, part, stages in zip(models, sweep.parts, found, strict=True):
             before = delta(model, base)
             for norm, values in zip(stages, (before, keep(before, sweep.keep, part, begin)), strict=True):
@@ -251,7 +251,7 @@ def _cuts(group: Sequence[Inputs], ranks: Sequence[int], run: Run) -> tuple[Cut,
     selected = [m for m, k in enumerate(ranks) if 0 < k < count]
     if not selected:
         return tuple(_trivial_cut(k) for k in ranks)
-    arithmetic = _arithmetic([view for inputs in group for view in _views(inputs)])
+    arithmetic = _arithmetic([view for inputs in group for view in inputs.views])
     prefix = dict.fromkeys(selected, 0)
     left = {m: ranks[m] for m in selected}  # how many are kept of the `equals` that share the prefix
     equals = dict.fromkeys(selected, count)
@@ -317,7 +317,7 @@ def _selectable(
 def _merge(inputs: Inputs, sweeps: Sequence[Sweep], targets: Sequence[Target], run: Run) -> Found:
     if inputs.models[0].dtype == "U8":
         return _copy(inputs, targets, run)
-    views = _views(inputs)
+    views = inputs.views
     nonfinite, first, overflow = [0] * len(views), [-1] * len(views), [0] * len(targets)
     arithmetic = _arithmetic(views)
     for begin, models, base in _tiles(inputs, run.tile, run, arithmetic):
@@ -351,14 +351,10 @@ def _tiles(
     step = tile or _TILE
     for begin in range(0, inputs.elements, step):
         end = min(begin + step, inputs.elements)
-        tensors = [_load(view, begin, end).to(arithmetic) for view in _views(inputs)]
+        tensors = [_load(view, begin, end).to(arithmetic) for view in inputs.views]
         yield begin, tensors[: len(inputs.models)], None if inputs.base is None else tensors[-1]
         if run.tick:
-            run.tick(sum((end - begin) * _DTYPES[view.dtype].itemsize for view in _views(inputs)))
-
-
-def _views(inputs: Inputs) -> tuple[View, ...]:
-    return inputs.models if inputs.base is None else (*inputs.models, inputs.base)
+            run.tick(sum((end - begin) * _DTYPES[view.dtype].itemsize for view in inputs.views))
 
 
 def _arithmetic(views: Sequence[View]) -> torch.dtype:

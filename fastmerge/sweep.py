@@ -109,6 +109,11 @@ class Inputs(NamedTuple):
     models: tuple[View, ...]
     base: View | None = None
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """All that is read, the base last."""
+        return self.models if self.base is None else (*self.models, self.base)
+
 
 class Target(NamedTuple):
     """Where an output goes: a byte offset in an open file, or an address in memory when `file` is -1."""

@@ -1,0 +1,90 @@
+"""What the methods of a batch want to know before its sweep: thresholds, Gram matrices, norms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from . import backends
+from .batches import Batch, read
+from .checkpoint import Checkpoint
+from .methods import Measured, ranks, rescale_of
+from .planner import Job, Stage
+from .sweep import Cut, Part, Rescale, Run, Sweep
+
+_IDENTITY = Sweep((Part(),))
+
+
+def measured(batch: Batch, provider: backends.Provider, cuts: Mapping[str, tuple[Cut, ...]], run: Run) -> list[Sweep]:
+    """The sweep of each job, after whatever its method wants to know of the tensors."""
+    sweeps = [_IDENTITY] * len(batch.jobs)
+    selecting = [i for i, job in enumerate(batch.jobs) if _selects(job) and job.name not in cuts]
+    found = provider.threshold(
+        [[batch.inputs[i]] for i in selecting],
+        [ranks(batch.jobs[i].settings, batch.inputs[i].elements) for i in selecting],
+        run,
+    )
+    chosen = dict(zip(selecting, found, strict=True))
+    products = _gram(batch, provider, run)
+    for i, job in enumerate(batch.jobs):
+        if not job.copy:
+            measured = Measured(cuts.get(job.name) or chosen.get(i, ()), products.get(i, ()))
+            sweeps[i] = job.method.sweep(job.settings, measured)
+    return _rescaled(batch, sweeps, provider, run)
+
+
+def _gram(batch: Batch, provider: backends.Provider, run: Run) -> dict[int, list[list[float]]]:
+    wanted = [i for i, job in enumerate(batch.jobs) if job.method.gram and not job.copy]
+    found = provider.gram([batch.inputs[i] for i in wanted], run)
+    return {i: products.tolist() for i, products in zip(wanted, found, strict=True)}
+
+
+def _rescaled(batch: Batch, sweeps: list[Sweep], provider: backends.Provider, run: Run) -> list[Sweep]:
+    """Where a method matches norms: each part's rescale becomes the norm before `Keep` over the norm after it."""
+    matched = {i: rescale_of(job.method, job.settings) for i, job in enumerate(batch.jobs) if not job.copy}
+    wanted = [i for i, rescale in matched.items() if rescale is not Rescale.NONE]
+    found = provider.norms([batch.inputs[i] for i in wanted], [sweeps[i] for i in wanted], run)
+    for i, norms in zip(wanted, found, strict=True):
+        column = int(matched[i]) - 1
+        parts = [
+            dataclasses.replace(part, rescale=before / after if before >= 1e-7 and after >= 1e-7 else 1.0)
+            for part, (before, after) in zip(sweeps[i].parts, norms[:, :, column].tolist(), strict=True)
+        ]
+        sweeps[i] = dataclasses.replace(sweeps[i], parts=tuple(parts))
+    return sweeps
+
+
+def _selects(job: Job) -> bool:
+    return job.method.selects and not job.copy
+
+
+def model_cuts(stage: Stage, models: Sequence[Checkpoint], backend: str, run: Run) -> dict[str, tuple[Cut, ...]]:
+    """`scope: model`: one selection over all tensors of a model, told to each tensor in its own indices."""
+    jobs = [job for job in stage.jobs if _selects(job) and job.settings.shared.get("scope") == "model"]
+    if not jobs:
+        return {}
+    batch = read(jobs, models, propagate=True)
+    provider = backends.choose(backend, {view.dtype for inputs in batch.inputs for view in inputs.views})
+    cuts: dict[str, list[Cut]] = {job.name: [] for job in jobs}
+    for place in sorted({source.model for job in jobs for source in job.inputs}):
+        parts = [
+            (job, inputs._replace(models=(inputs.models[at],)), dataclasses.replace(job.settings, models=(own,)))
+            for job, inputs in zip(jobs, batch.inputs, strict=True)
+            for at, (source, own) in enumerate(zip(job.inputs, job.settings.models, strict=True))
+            if source.model == place
+        ]
+        group = [inputs for _, inputs, _ in parts]
+        wanted = ranks(parts[0][2], sum(inputs.elements for inputs in group))  # the plan saw to it: one density
+        ((cut,),) = provider.threshold([group], [wanted], run)
+        start = 0
+        for job, inputs, _ in parts:
+            cuts[job.name].append(Cut(cut.magnitude, max(0, cut.ties_end - start)))
+            start += inputs.elements
+    return {name: tuple(each) for name, each in cuts.items()}
+
+
+def passes(job: Job) -> int:
+    """How often a job reads its inputs: once, and once more for each thing that its method measures."""
+    if job.copy:
+        return 1
+    return 1 + job.method.selects + job.method.gram + (rescale_of(job.method, job.settings) is not Rescale.NONE)
