@@ -15,8 +15,8 @@ namespace fastmerge {
 namespace {
 
 constexpr int64_t TILE = 64 * CHUNK;
-constexpr int RUNS = 2048, RUN = 16, SAMPLES = RUNS * RUN;  // a run of neighbours costs one cache line per input
-constexpr int64_t ALONE = 32 * TILE;                        // groups up to this size are one worker's work
+constexpr int64_t RUNS = 2048, RUN = 16, SAMPLES = RUNS * RUN;  // a run of neighbours costs one cache line per input
+constexpr int64_t ALONE = 32 * TILE;                            // groups up to this size are one worker's work
 constexpr uint32_t INFINITE = 0x7f800000;
 
 struct Search {
@@ -129,12 +129,17 @@ void guess(Tally& tally, const uint32_t* begin, const uint32_t* end) {
 
 // What the sample suggests for the k-th: the magnitudes within five standard deviations of its rank.
 void bracket(Search& search, uint32_t* samples, int64_t count, int64_t elements) {
+  const auto larger = std::greater<uint32_t>();
+  if (count == elements) {  // not a sample, but all there is
+    std::nth_element(samples, samples + (search.rank - 1), samples + count, larger);
+    search.tally = {1, {samples[search.rank - 1]}, {}, {}};
+    return;
+  }
   const double share = static_cast<double>(search.rank) / static_cast<double>(elements);
   const double middle = share * static_cast<double>(count);
   const double margin = 5 * std::sqrt(middle * (1 - share)) + 5;
   const auto first = static_cast<int64_t>(std::max(middle - margin, 0.0));
   const auto last = static_cast<int64_t>(std::min(middle + margin, static_cast<double>(count - 1)));
-  const auto larger = std::greater<uint32_t>();
   std::nth_element(samples, samples + first, samples + count, larger);
   std::nth_element(samples + first, samples + last, samples + count, larger);
   std::sort(samples + first, samples + last + 1, larger);
@@ -142,27 +147,30 @@ void bracket(Search& search, uint32_t* samples, int64_t count, int64_t elements)
   guess(search.tally, samples + first, samples + last + 1);
 }
 
+// Small groups are looked at whole; of others one element in sixteen at the most, in runs evenly apart.
 void sample(const Group& group, const Kernels& kernels, Desk& desk, char* block, int64_t elements) {
   const Tensor& like = group.front();
   Scratch scratch(block, like.inputs);
-  const int64_t stride = std::max<int64_t>(RUN, elements / RUNS);
-  int64_t taken = 0, number = 0, start = 0;
+  const bool whole = elements <= SAMPLES;
+  const int64_t run = whole ? CHUNK : RUN;
+  const int64_t stride = whole ? CHUNK : std::max<int64_t>(16 * RUN, elements / RUNS);
+  int64_t taken = 0, next = 0, start = 0;
   for (const Tensor& tensor : group) {
-    for (; number < RUNS; ++number) {
-      const int64_t at = number * stride - start;
-      if (at >= tensor.elements) break;
-      const int count = static_cast<int>(std::min<int64_t>(RUN, tensor.elements - at));
+    if (whole) next = start;
+    for (; next - start < tensor.elements && taken < SAMPLES; next += stride) {
+      const int64_t at = next - start;
+      const int count = static_cast<int>(std::min({run, tensor.elements - at, SAMPLES - taken}));
       kernels.deltas(tensor, at, count, true, scratch);
       for (int model = 0; model < like.models; ++model) {
-        for (int i = 0; i < count; ++i)
-          desk.samples[model * SAMPLES + taken + i] = magnitude_of(scratch.wide[model * CHUNK + i]);
+        uint32_t* to = desk.samples + model * SAMPLES + taken;
+        for (int i = 0; i < count; ++i) to[i] = magnitude_of(scratch.wide[model * CHUNK + i]);
       }
       taken += count;
     }
     start += tensor.elements;
   }
   for (int model = 0; model < like.models; ++model) {
-    bracket(desk.searches[model], desk.samples + model * SAMPLES, taken, elements);
+    if (!desk.searches[model].found) bracket(desk.searches[model], desk.samples + model * SAMPLES, taken, elements);
   }
 }
 
