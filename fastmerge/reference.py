@@ -7,17 +7,14 @@ Philox4x32 with 7 rounds (Salmon et al., SC 2011) at the element's flat index.
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import CUT, CheckpointError
+from . import memory
 from .sweep import EVERY, Cut, Elect, Found, Inputs, Keep, Mean, Part, Run, Sweep, Target, TieVote, View
 
 name = "torch"
@@ -362,49 +359,13 @@ def _arithmetic(views: Sequence[View]) -> torch.dtype:
 
 
 def _load(view: View, begin: int, end: int) -> Tensor:
-    """A copy of some elements, from memory of any alignment.
-
-    Where the system offers its memory as a file it is read through that: then a mapped input that was cut is an error,
-    and not a signal that ends the process.
-    """
+    """A copy of some elements, from memory of any alignment."""
     size = _DTYPES[view.dtype].itemsize
     copied = torch.empty((end - begin) * size, dtype=torch.uint8)
-    memory = _memory_of(os.getpid())
-    if memory is None:
-        copied.copy_(_bytes_at(view.address, view.dtype, begin, end - begin))
-        return copied.view(_DTYPES[view.dtype])
-    rest, address = copied.numpy().data, view.address + begin * size
-    while rest:
-        try:
-            read = os.preadv(memory, [rest], address)
-        except OSError:
-            read = 0
-        if not read:
-            raise CheckpointError(CUT)
-        rest, address = rest[read:], address + read
+    memory.read(view.address + begin * size, copied.numpy().data)
     return copied.view(_DTYPES[view.dtype])
 
 
-@lru_cache(maxsize=1)
-def _memory_of(process: int) -> int | None:
-    try:
-        return os.open(f"/proc/{process}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-
-
 def _store(values: Tensor, target: Target, begin: int) -> None:
-    raw = values.contiguous().view(torch.uint8)
-    if target.file < 0:
-        _bytes_at(target.offset, target.dtype, begin, len(values)).copy_(raw)
-        return
-    offset, rest = target.offset + begin * values.itemsize, raw.numpy().data
-    while rest:
-        written = os.pwrite(target.file, rest, offset)
-        offset, rest = offset + written, rest[written:]
-
-
-def _bytes_at(address: int, dtype: str, begin: int, count: int) -> Tensor:
-    size = _DTYPES[dtype].itemsize
-    memory = (ctypes.c_uint8 * (count * size)).from_address(address + begin * size)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    raw = values.contiguous().view(torch.uint8).numpy().data
+    memory.write(raw, target.offset + begin * values.itemsize, target.file)

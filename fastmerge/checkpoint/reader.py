@@ -112,10 +112,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(name, path, path.parent, {path: _open(path)})
 
 
-def same_bytes(one: Checkpoint, tensor: str, two: Checkpoint, other: str) -> bool:
+def same_bytes(one: Checkpoint, tensor: str, two: Checkpoint, other: str, *, start_only: bool = False) -> bool:
     """Whether a tensor of one checkpoint and a tensor of another have the same bytes, whatever their dtypes.
 
-    Read a piece at a time, until one differs; a file cut meanwhile is a CheckpointError.
+    Read a piece at a time, until one differs; `start_only` reads the first megabyte. A file cut meanwhile is a
+    CheckpointError.
     """
     here, there = one.tensors[tensor], two.tensors[other]
     if here.nbytes != there.nbytes:
@@ -123,8 +124,9 @@ def same_bytes(one: Checkpoint, tensor: str, two: Checkpoint, other: str) -> boo
     with open_regular(one.file_of(tensor)) as left, open_regular(two.file_of(other)) as right:
         left.seek(here.begin)
         right.seek(there.begin)
-        for done in range(0, here.nbytes, _PIECE):
-            size = min(_PIECE, here.nbytes - done)
+        nbytes = min(here.nbytes, _PIECE) if start_only else here.nbytes
+        for done in range(0, nbytes, _PIECE):
+            size = min(_PIECE, nbytes - done)
             pieces = left.read(size), right.read(size)
             if min(map(len, pieces)) < size:
                 one.check_unchanged()

@@ -1,0 +1,51 @@
+"""Bytes between addresses, files and buffers of ours, for the providers that compute in Python."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+
+from .errors import CUT, CheckpointError
+
+
+def read(address: int, into: memoryview) -> None:
+    """Fill a buffer from memory.
+
+    Where the system offers its memory as a file it is read through that: then a mapped input that was cut is an error,
+    and not a signal that ends the process.
+    """
+    memory = _memory_of(os.getpid())
+    if memory is None:
+        into[:] = _bytes_at(address, len(into))
+        return
+    while into:
+        try:
+            count = os.preadv(memory, [into], address)
+        except OSError:
+            count = 0
+        if not count:
+            raise CheckpointError(CUT)
+        into, address = into[count:], address + count
+
+
+def write(raw: memoryview, offset: int, file: int) -> None:
+    """Write bytes at an offset in a file, or at an address where `file` is -1."""
+    if file < 0:
+        _bytes_at(offset, len(raw))[:] = raw
+        return
+    while raw:
+        written = os.pwrite(file, raw, offset)
+        offset, raw = offset + written, raw[written:]
+
+
+@lru_cache(maxsize=1)
+def _memory_of(process: int) -> int | None:
+    try:
+        return os.open(f"/proc/{process}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def _bytes_at(address: int, count: int) -> memoryview:
+    return memoryview((ctypes.c_uint8 * count).from_address(address)).cast("B")
