@@ -16,11 +16,14 @@ from .sweep import Cut, Found, Inputs, Run, Sweep, Target
 
 OPS = ("gram", "norms", "threshold", "merge")
 
-#: Providers in order of preference, by the name that `--backend` takes: the module, and the remedy where it is out.
+#: Providers by the name that `--backend` takes: the module, and the remedy where it is out.
 PROVIDERS = {
     "cpu": ("native", "reinstall fastmerge with a C++17 compiler at hand"),
     "torch": ("reference", "pip install 'fastmerge[torch]'"),
+    "triton": ("kernels.provider", "pip install 'fastmerge[gpu]'"),
 }
+#: What `auto` tries, in order of preference; whether a GPU pays for a merge from disk is not yet measured.
+AUTO = ("cpu", "torch")
 
 
 class Provider(Protocol):
@@ -73,7 +76,7 @@ def choose(wanted: str, dtypes: Iterable[str]) -> Provider:
     """
     needed = frozenset(dtypes)
     reasons = []
-    for name in PROVIDERS if wanted == "auto" else [wanted]:
+    for name in AUTO if wanted == "auto" else [wanted]:
         if wanted == "auto" and (reason := why_not(name)):
             reasons.append(f"{name} is out: {reason}")
             continue
@@ -85,19 +88,20 @@ def choose(wanted: str, dtypes: Iterable[str]) -> Provider:
 
 
 def why_not(name: str) -> str:
-    """Why a provider cannot run here; empty where it can. Imports no torch."""
-    remedy = PROVIDERS[name][1]
+    """Why a provider cannot run here; empty where it can. Only for triton this imports torch."""
+    module, remedy = PROVIDERS[name]
     if name == "torch":
         return "" if find_spec("torch") else f"torch is not installed ({remedy})"
     try:
-        importlib.import_module("._core", __package__)
+        imported = importlib.import_module("._core" if name == "cpu" else f".{module}", __package__)
     except ImportError as error:
-        return f"the compiled core is not there: {error} ({remedy})"
-    return ""
+        what = "the compiled core is" if name == "cpu" else "triton or torch is"
+        return f"{what} not there: {error} ({remedy})"
+    return imported.why_not() if name == "triton" else ""
 
 
 def standings() -> list[Standing]:
-    """Every provider, in order of preference."""
+    """Every provider, those of `auto` first."""
     return [Standing(name, () if why_not(name) else OPS, why_not(name)) for name in PROVIDERS]
 
 

@@ -41,7 +41,7 @@ _shard_size = click.option(
 )
 _backend = click.option(
     "--backend",
-    type=click.Choice(["auto", "cpu", "torch"]),
+    type=click.Choice(["auto", "cpu", "torch", "triton"]),
     default="auto",
     show_default=True,
     help="What computes; one asked for by name never falls back.",

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..sweep import Inputs, Run, Sweep
+from .stages import WARPS, WHOLES, block_of, keep, load, magnitude_bits, tables
 from .staging import tiles
-from .stages import WHOLES, keep, load, magnitude_bits, tables
 
 
 @triton.jit
@@ -27,23 +27,23 @@ def gram_kernel(
     inputs,  # models, then the base where there is one
     sums,  # float64 [blocks, pairs], the upper triangle row by row
     count,
-    MODELS: tl.constexpr,  # noqa: N803
-    HAS_BASE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    models: tl.constexpr,
+    has_base: tl.constexpr,
+    block: tl.constexpr,
 ):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) * block + tl.arange(0, block)
     inside = place < count
-    sums += tl.program_id(0) * (MODELS * (MODELS + 1) // 2)
-    base = load(inputs[MODELS], place, inside) if HAS_BASE else tl.zeros((BLOCK,), tl.float32)
+    sums += tl.program_id(0) * (models * (models + 1) // 2)
+    base = load(inputs[models], place, inside) if has_base else tl.zeros((block,), tl.float32)
     deltas = ()
-    for m in tl.static_range(MODELS):
+    for m in tl.static_range(models):
         delta = load(inputs[m], place, inside)
-        if HAS_BASE:
+        if has_base:
             delta = delta - base
         deltas = deltas + (_finite(delta).to(tl.float64),)  # noqa: RUF005  the compiler knows tuples by their sum
-    for i in tl.static_range(MODELS):
-        for j in tl.static_range(i, MODELS):
-            tl.store(sums + (i * (2 * MODELS - i - 1) // 2 + j), tl.sum(deltas[i] * deltas[j], axis=0))
+    for i in tl.static_range(models):
+        for j in tl.static_range(i, models):
+            tl.store(sums + (i * (2 * models - i - 1) // 2 + j), tl.sum(deltas[i] * deltas[j], axis=0))
 
 
 @triton.jit
@@ -53,21 +53,21 @@ def norms_kernel(
     wholes,
     begin,
     count,
-    KEEP: tl.constexpr,  # noqa: N803
-    MODELS: tl.constexpr,  # noqa: N803
-    HAS_BASE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    how: tl.constexpr,
+    models: tl.constexpr,
+    has_base: tl.constexpr,
+    block: tl.constexpr,
 ):
-    block = tl.program_id(0) * BLOCK
-    place = block + tl.arange(0, BLOCK)
+    offset = tl.program_id(0) * block
+    place = offset + tl.arange(0, block)
     inside = place < count
-    sums += tl.program_id(0) * MODELS * 6
-    base = load(inputs[MODELS], place, inside) if HAS_BASE else tl.zeros((BLOCK,), tl.float32)
-    for m in tl.static_range(MODELS):
+    sums += tl.program_id(0) * models * 6
+    base = load(inputs[models], place, inside) if has_base else tl.zeros((block,), tl.float32)
+    for m in tl.static_range(models):
         delta = load(inputs[m], place, inside)
-        if HAS_BASE:
+        if has_base:
             delta = delta - base
-        kept = keep(delta, wholes + m * WHOLES, begin.to(tl.int64) + block, KEEP, BLOCK)
+        kept = keep(delta, wholes + m * WHOLES, begin.to(tl.int64) + offset, how, block)
         _store_norms(sums + m * 6, delta)
         _store_norms(sums + m * 6 + 3, kept)
 
@@ -86,10 +86,8 @@ def _finite(values):
     return tl.where(magnitude_bits(values) >= 0x7F800000, 0.0, values)
 
 
-#: Elements per program and per tile. Not yet measured on a card.
-_BLOCK = 1024
+#: Elements. Not yet measured on a card.
 _TILE = 1 << 22
-_WARPS = 4
 
 
 def gram_of(inputs: Inputs, run: Run) -> NDArray[np.float64]:
@@ -103,10 +101,10 @@ def gram_of(inputs: Inputs, run: Run) -> NDArray[np.float64]:
             tuple(values),
             sums,
             len(values[0]),
-            MODELS=models,
-            HAS_BASE=inputs.base is not None,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            models=models,
+            has_base=inputs.base is not None,
+            block=block_of(len(values)),
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
         products[upper] += sums.cpu().numpy().sum(axis=0)
@@ -126,11 +124,11 @@ def norms_of(inputs: Inputs, sweep: Sweep, run: Run) -> NDArray[np.float64]:
             tables([sweep], sums.device)[1],
             begin,
             len(values[0]),
-            KEEP=int(sweep.keep),
-            MODELS=models,
-            HAS_BASE=inputs.base is not None,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            how=int(sweep.keep),
+            models=models,
+            has_base=inputs.base is not None,
+            block=block_of(len(values)),
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
         blocks = sums.cpu().numpy().reshape(-1, models, 2, 3)
@@ -141,5 +139,5 @@ def norms_of(inputs: Inputs, sweep: Sweep, run: Run) -> NDArray[np.float64]:
 
 
 def _sums_per_block(values: list[Tensor], sums: int) -> Tensor:
-    blocks = triton.cdiv(len(values[0]), _BLOCK)
+    blocks = triton.cdiv(len(values[0]), block_of(len(values)))
     return torch.empty((blocks, sums), dtype=torch.float64, device=values[0].device)

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sweep import Elect, Found, Inputs, Mean, Run, Sweep, Target, TieVote
+from .stages import NUMBERS, WARPS, WHOLES, block_of, divisor, keep, load, magnitude_bits, tables
 from .staging import DTYPES, Arriving, device, store, tiles
-from .stages import NUMBERS, WHOLES, divisor, keep, load, magnitude_bits, tables
 
 _NONE = tl.constexpr(int(Elect.NONE))
 _WEIGHTED = tl.constexpr(int(Elect.WEIGHTED))
@@ -27,6 +27,7 @@ _COUNT = tl.constexpr(int(Elect.COUNT))
 _ZERO = tl.constexpr(int(TieVote.ZERO))
 _BY_SUM = tl.constexpr(int(Mean.SUM))
 _BY_WEIGHTS = tl.constexpr(int(Mean.WEIGHTS))
+_BY_COUNT = tl.constexpr(int(Mean.COUNT))
 _BY_CONTRIBUTORS = tl.constexpr(int(Mean.CONTRIBUTORS))
 
 _INFINITE = tl.constexpr(0x7F800000)
@@ -41,42 +42,42 @@ def sweep_kernel(
     flag,
     begin,  # flat index of the first element
     count,
-    STAGES: tl.constexpr,  # noqa: N803  per output: keep, elect, tie_vote, mean, whether the divisor is not 1
-    MODELS: tl.constexpr,  # noqa: N803
-    HAS_BASE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    stages: tl.constexpr,  # per output: keep, elect, tie_vote, mean, whether the divisor is not 1
+    models: tl.constexpr,
+    has_base: tl.constexpr,
+    block: tl.constexpr,
 ):
-    block = tl.program_id(0) * BLOCK
-    place = block + tl.arange(0, BLOCK)
+    offset = tl.program_id(0) * block
+    place = offset + tl.arange(0, block)
     inside = place < count
-    start = begin.to(tl.int64) + block
+    start = begin.to(tl.int64) + offset
     odd = place < 0  # not finite, or too large for the output
-    base = tl.zeros((BLOCK,), tl.float32)
-    if HAS_BASE:
-        base = load(inputs[MODELS], place, inside)
+    base = tl.zeros((block,), tl.float32)
+    if has_base:
+        base = load(inputs[models], place, inside)
         odd = odd | (magnitude_bits(base) >= _INFINITE)
     deltas = ()
-    for m in tl.static_range(MODELS):
+    for m in tl.static_range(models):
         model = load(inputs[m], place, inside)
         odd = odd | (magnitude_bits(model) >= _INFINITE)
-        if HAS_BASE:
+        if has_base:
             model = model - base
         deltas = deltas + (model,)  # noqa: RUF005  the compiler knows tuples by their sum
-    for k in tl.static_range(len(STAGES)):
+    for k in tl.static_range(len(stages)):
         merged = _merged(
             deltas,
-            numbers + k * (MODELS + 1) * NUMBERS,
-            wholes + k * MODELS * WHOLES,
+            numbers + k * (models + 1) * NUMBERS,
+            wholes + k * models * WHOLES,
             start,
-            STAGES[k][0],
-            STAGES[k][1],
-            STAGES[k][2],
-            STAGES[k][3],
-            STAGES[k][4],
-            MODELS,
-            BLOCK,
+            stages[k][0],
+            stages[k][1],
+            stages[k][2],
+            stages[k][3],
+            stages[k][4],
+            models,
+            block,
         )
-        if HAS_BASE:
+        if has_base:
             merged = tl.where(merged == 0.0, base, base + merged)
         odd = odd | _too_large(merged, outputs[k].dtype.element_ty)
         tl.store(outputs[k] + place, _narrowed(merged, outputs[k].dtype.element_ty), mask=inside)
@@ -89,89 +90,80 @@ def _merged(
     numbers,
     wholes,
     start,
-    KEEP: tl.constexpr,  # noqa: N803
-    ELECT: tl.constexpr,  # noqa: N803
-    TIE_VOTE: tl.constexpr,  # noqa: N803
-    MEAN: tl.constexpr,  # noqa: N803
-    DIVIDES: tl.constexpr,  # noqa: N803
-    MODELS: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    how: tl.constexpr,
+    elect: tl.constexpr,
+    tie_vote: tl.constexpr,
+    mean: tl.constexpr,
+    divides: tl.constexpr,
+    models: tl.constexpr,
+    block: tl.constexpr,
 ):
-    """lambda times the mean. What the models say is summed apart by its sign, so no delta is looked at twice.
-
-    The sums start at +0 and so are never -0: leaving a term out and adding a zero are the same.
-    """
-    zero = tl.zeros((BLOCK,), tl.float32)
-    total, vote, positive, negative, mass_positive, mass_negative = zero, zero, zero, zero, zero, zero
-    for m in tl.static_range(MODELS):
-        weight = tl.load(numbers + m * NUMBERS)
-        delta = keep(deltas[m], wholes + m * WHOLES, start, KEEP, BLOCK) * tl.load(numbers + m * NUMBERS + 1)
-        weighted = delta * weight
-        if ELECT == _NONE:
-            total = weighted if m == 0 else total + weighted  # not from +0: a negative zero stays
-        else:
-            voice = weighted if ELECT == _WEIGHTED else delta
-            down, up = voice <= 0.0, voice >= 0.0  # a NaN is neither, so it stands on both sides and is never lost
-            if ELECT == _COUNT:
-                vote = vote + tl.where(voice > 0.0, 1.0, tl.where(voice < 0.0, -1.0, 0.0))
+    """lambda times the mean; the votes and the sums go from the first model to the last."""
+    voices, terms = (), ()
+    for m in tl.static_range(models):
+        delta = keep(deltas[m], wholes + m * WHOLES, start, how, block) * tl.load(numbers + m * NUMBERS + 1)
+        weighted = delta * tl.load(numbers + m * NUMBERS)
+        terms = terms + (weighted,)  # noqa: RUF005
+        voices = voices + (weighted if elect == _WEIGHTED else delta,)  # noqa: RUF005
+    zero = tl.zeros((block,), tl.float32)
+    mass = zero + tl.load(numbers + models * NUMBERS)
+    if elect == _NONE:
+        total = terms[0]  # not from +0: a negative zero stays
+        for m in tl.static_range(1, models):
+            total = total + terms[m]
+    else:
+        vote = zero
+        for m in tl.static_range(models):
+            if elect == _COUNT:
+                vote = vote + tl.where(voices[m] > 0.0, 1.0, tl.where(voices[m] < 0.0, -1.0, 0.0))
             else:
-                vote = vote + voice
-            positive = positive + tl.where(down, 0.0, weighted)
-            negative = negative + tl.where(up, 0.0, weighted)
-            if MEAN != _BY_SUM:
-                part = weight if MEAN == _BY_WEIGHTS else 1.0
-                mass_positive = mass_positive + _mass(voice, down, part, MEAN)
-                mass_negative = mass_negative + _mass(voice, up, part, MEAN)
-    mass = zero + tl.load(numbers + MODELS * NUMBERS)
-    if ELECT != _NONE:
-        elected = vote > 0.0 if TIE_VOTE == _ZERO else vote >= 0.0
-        total = tl.where(elected, positive, tl.where(vote >= 0.0, 0.0, negative))
-        if MEAN != _BY_SUM:
-            mass = tl.where(elected, mass_positive, tl.where(vote >= 0.0, 0.0, mass_negative))
-            mass = tl.where(mass == 0.0, 1.0, mass)
-    if DIVIDES:
+                vote = vote + voices[m]
+        positive = vote > 0.0 if tie_vote == _ZERO else vote >= 0.0
+        total, agreeing = zero, zero
+        for m in tl.static_range(models):
+            # zero agrees with no vote, a NaN with any, so that it is never lost
+            against = tl.where(positive, voices[m] <= 0.0, voices[m] >= 0.0)
+            total = total + tl.where(against, 0.0, terms[m])
+            if mean == _BY_WEIGHTS:
+                agreeing = agreeing + tl.where(against, 0.0, tl.load(numbers + m * NUMBERS))
+            if mean == _BY_COUNT:
+                agreeing = agreeing + tl.where(against, 0.0, 1.0)
+            if mean == _BY_CONTRIBUTORS:
+                agreeing = agreeing + tl.where(voices[m] == 0.0, 0.0, 1.0)
+        if tie_vote == _ZERO:
+            total, agreeing = tl.where(vote == 0.0, 0.0, total), tl.where(vote == 0.0, 0.0, agreeing)
+        if mean != _BY_SUM:
+            mass = tl.where(agreeing == 0.0, 1.0, agreeing)
+    if divides:
         total = tl.div_rn(total, mass)
-    return total * tl.load(numbers + MODELS * NUMBERS + 1)
+    return total * tl.load(numbers + models * NUMBERS + 1)
 
 
 @triton.jit
-def _mass(voice, against, part, MEAN: tl.constexpr):  # noqa: N803
-    """What a model adds to the divisor of one side."""
-    if MEAN == _BY_CONTRIBUTORS:
-        return tl.where(voice == 0.0, 0.0, part)
-    return tl.where(against, 0.0, part)
-
-
-@triton.jit
-def _too_large(values, DTYPE: tl.constexpr):  # noqa: N803
+def _too_large(values, dtype: tl.constexpr):
     """Where rounding into a type of 16 bits gives infinity, or nothing finite was there before."""
-    if DTYPE == tl.float16:
+    if dtype == tl.float16:
         return magnitude_bits(values) >= 0x477FF000  # 65520
-    if DTYPE == tl.bfloat16:
+    if dtype == tl.bfloat16:
         return magnitude_bits(values) >= 0x7F7F8000
     return values != values
 
 
 @triton.jit
-def _narrowed(values, DTYPE: tl.constexpr):  # noqa: N803
+def _narrowed(values, dtype: tl.constexpr):
     """Rounded to nearest even; any NaN is the one quiet NaN without a payload, which devices spell differently."""
     bits = values.to(tl.int32, bitcast=True)
-    if DTYPE == tl.bfloat16:  # in whole numbers, as the interpreter's own conversion cuts
+    if dtype == tl.bfloat16:  # in whole numbers, as the interpreter's own conversion cuts
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(values != values, 0x7FC0, rounded).to(tl.int16)
-    elif DTYPE == tl.float16:
+    elif dtype == tl.float16:
         bits = tl.where(values != values, 0x7E00, values.to(tl.float16).to(tl.int16, bitcast=True)).to(tl.int16)
     else:
         bits = tl.where(values != values, 0x7FC00000, bits)
-    return bits.to(DTYPE, bitcast=True)
+    return bits.to(dtype, bitcast=True)
 
 
 # --- the launch ---
-
-#: Elements per program by the number of inputs: what they hold must fit in registers. Not yet measured on a card.
-_BLOCKS = ((4, 1024), (8, 512), (16, 256))
-_LEAST_BLOCK = 128
-_WARPS = 4
 
 
 def sweep(
@@ -192,18 +184,14 @@ def sweep(
             flag,
             begin,
             count,
-            STAGES=stages_of(sweeps),
-            MODELS=len(inputs) - has_base,
-            HAS_BASE=has_base,
-            BLOCK=block,
-            num_warps=_WARPS,
+            stages=stages_of(sweeps),
+            models=len(inputs) - has_base,
+            has_base=has_base,
+            block=block,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
     return flag
-
-
-def block_of(inputs: int) -> int:
-    return next((block for limit, block in _BLOCKS if inputs <= limit), _LEAST_BLOCK)
 
 
 def stages_of(sweeps: Sequence[Sweep]) -> tuple[tuple[int, ...], ...]:
@@ -228,7 +216,7 @@ def merge_tensor(inputs: Inputs, sweeps: Sequence[Sweep], targets: Sequence[Targ
     if inputs.models[0].dtype == "U8":
         return _copy(inputs, targets, run)
     has_base = inputs.base is not None
-    noticed = _Noticed(len(inputs.models) + has_base, len(targets))
+    noticed = _Noticed(len(inputs.views), len(targets))
     swept: list[_Swept] = []
     for begin, values in tiles(inputs, run.tile, run):
         outputs = [torch.empty(len(values[0]), dtype=DTYPES[target.dtype], device=device()) for target in targets]

@@ -7,16 +7,16 @@ import triton.language as tl
 
 
 @triton.jit
-def pieces(key, start, stream: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
-    """16 random bits for each of BLOCK flat indices from `start`, a multiple of 8, as int32.
+def pieces(key, start, stream: tl.constexpr, block: tl.constexpr):
+    """16 random bits for each of block flat indices from `start`, a multiple of 8, as int32.
 
     Counter e // 8 gives four words, eight pieces, low half first; element e takes piece e % 8.
     """
-    counter = (start >> 3) + tl.arange(0, BLOCK // 8)  # int64
+    counter = (start >> 3) + tl.arange(0, block // 8)  # int64
     w0, w1, w2, w3 = philox(key, counter, stream)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK / 8, 2, 2], in order w0 w1 w2 w3
-    halves = tl.join(words & 0xFFFF, words >> 16)  # [BLOCK / 8, 2, 2, 2]
-    return tl.reshape(halves, (BLOCK,)).to(tl.int32)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [block / 8, 2, 2], in order w0 w1 w2 w3
+    halves = tl.join(words & 0xFFFF, words >> 16)  # [block / 8, 2, 2, 2]
+    return tl.reshape(halves, (block,)).to(tl.int32)
 
 
 @triton.jit

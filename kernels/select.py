@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..sweep import EVERY, Cut, Inputs, Run
-from .staging import device, tiles
 from .stages import load, magnitude_bits
+from .staging import device, tiles
 
 #: The digits of a magnitude: how far down each begins. The first is 11 bits wide, the others 10.
 _SHIFTS = (20, 10, 0)
@@ -27,27 +27,27 @@ _BINS = tl.constexpr(1 << 11)
 @triton.jit
 def histogram_kernel(
     inputs,  # models, then the base where there is one
-    counts,  # int64 [M, BINS]
+    counts,  # int32 [M, BINS]
     prefixes,  # int64 [M]: the bits above the digit, the same for all that count
     count,
-    SHIFT: tl.constexpr,  # noqa: N803
-    MODELS: tl.constexpr,  # noqa: N803
-    HAS_BASE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    shift: tl.constexpr,
+    models: tl.constexpr,
+    has_base: tl.constexpr,
+    block: tl.constexpr,
 ):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) * block + tl.arange(0, block)
     inside = place < count
     bins = tl.arange(0, _BINS)
-    base = load(inputs[MODELS], place, inside) if HAS_BASE else tl.zeros((BLOCK,), tl.float32)
-    for m in tl.static_range(MODELS):
-        bits = _selectable(inputs[m], base, place, inside, HAS_BASE)
-        if SHIFT == 20:
+    base = load(inputs[models], place, inside) if has_base else tl.zeros((block,), tl.float32)
+    for m in tl.static_range(models):
+        bits = _selectable(inputs[m], base, place, inside, has_base)
+        if shift == 20:
             digit, alike = bits >> 20, inside
         else:
-            digit = (bits >> SHIFT) & 0x3FF
-            alike = inside & ((bits >> SHIFT >> 10) == tl.load(prefixes + m).to(tl.int32))
+            digit = (bits >> shift) & 0x3FF
+            alike = inside & ((bits >> shift >> 10) == tl.load(prefixes + m).to(tl.int32))
         found = tl.histogram(digit, _BINS, mask=alike)
-        tl.atomic_add(counts + m * _BINS + bins, found.to(tl.int64), mask=found > 0, sem="relaxed")
+        tl.atomic_add(counts + m * _BINS + bins, found, mask=found > 0, sem="relaxed")
 
 
 @triton.jit
@@ -56,30 +56,30 @@ def equals_kernel(
     counts,  # int32 [M, blocks]: elements whose magnitude is the one looked for
     magnitudes,  # int64 [M]: its bits
     count,
-    MODELS: tl.constexpr,  # noqa: N803
-    HAS_BASE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    models: tl.constexpr,
+    has_base: tl.constexpr,
+    block: tl.constexpr,
 ):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) * block + tl.arange(0, block)
     inside = place < count
-    base = load(inputs[MODELS], place, inside) if HAS_BASE else tl.zeros((BLOCK,), tl.float32)
-    for m in tl.static_range(MODELS):
-        bits = _selectable(inputs[m], base, place, inside, HAS_BASE)
+    base = load(inputs[models], place, inside) if has_base else tl.zeros((block,), tl.float32)
+    for m in tl.static_range(models):
+        bits = _selectable(inputs[m], base, place, inside, has_base)
         equal = inside & (bits == tl.load(magnitudes + m).to(tl.int32))
         tl.store(counts + m * tl.num_programs(0) + tl.program_id(0), tl.sum(equal.to(tl.int32), axis=0))
 
 
 @triton.jit
-def _selectable(model, base, place, inside, HAS_BASE: tl.constexpr):  # noqa: N803
+def _selectable(model, base, place, inside, has_base: tl.constexpr):
     delta = load(model, place, inside)
-    if HAS_BASE:
+    if has_base:
         delta = delta - base
     return magnitude_bits(tl.where(delta != delta, 0.0, delta))
 
 
 #: Elements per program. Not yet measured on a card.
-_BLOCK = 4096
-_WARPS = 8
+BLOCK = 2048
+WARPS = 8
 
 
 def cuts_of(group: Sequence[Inputs], ranks: Sequence[int], run: Run) -> tuple[Cut, ...]:
@@ -101,7 +101,8 @@ def cuts_of(group: Sequence[Inputs], ranks: Sequence[int], run: Run) -> tuple[Cu
     split = [s for s in range(len(selected)) if left[s] < equals[s]]
     if split:
         models = [selected[s] for s in split]
-        ends |= zip(models, _ties_ends(group, models, [bits[s] for s in split], [left[s] for s in split], run))
+        found = _ties_ends(group, models, [bits[s] for s in split], [left[s] for s in split], run)
+        ends |= zip(models, found, strict=True)
     magnitudes = np.array(bits, np.uint32).view(np.float32).tolist()
     cuts = {m: Cut(magnitude, ends[m]) for m, magnitude in zip(selected, magnitudes, strict=True)}
     return tuple(cuts.get(m) or _trivial_cut(k) for m, k in enumerate(ranks))
@@ -125,20 +126,22 @@ def _histograms(
     counts = torch.zeros((len(selected), _BINS.value), dtype=torch.int64, device=device())
     prefixes = torch.tensor(bits, dtype=torch.int64).to(device())
     for _, values, has_base in _tiles(group, selected, run):
-        histogram_kernel[(triton.cdiv(len(values[0]), _BLOCK),)](
+        found = torch.zeros_like(counts, dtype=torch.int32)
+        histogram_kernel[(triton.cdiv(len(values[0]), BLOCK),)](
             tuple(values),
-            counts,
+            found,
             prefixes,
             len(values[0]),
-            SHIFT=shift,
-            MODELS=len(selected),
-            HAS_BASE=has_base,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            shift=shift,
+            models=len(selected),
+            has_base=has_base,
+            block=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
-    found: NDArray[np.int64] = counts.cpu().numpy()
-    return found
+        counts += found
+    reached: NDArray[np.int64] = counts.cpu().numpy()
+    return reached
 
 
 def _ties_ends(
@@ -148,24 +151,24 @@ def _ties_ends(
     magnitudes = torch.tensor(bits, dtype=torch.int64).to(device())
     left, ends = list(left), [-1] * len(selected)
     for begin, values, has_base in _tiles(group, selected, run):
-        blocks = triton.cdiv(len(values[0]), _BLOCK)
+        blocks = triton.cdiv(len(values[0]), BLOCK)
         counts = torch.empty((len(selected), blocks), dtype=torch.int32, device=device())
         equals_kernel[(blocks,)](
             tuple(values),
             counts,
             magnitudes,
             len(values[0]),
-            MODELS=len(selected),
-            HAS_BASE=has_base,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            models=len(selected),
+            has_base=has_base,
+            block=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
         for s, reached in enumerate(counts.cpu().numpy().cumsum(axis=1, dtype=np.int64)):
             if ends[s] < 0 and reached[-1] >= left[s]:
                 block = int(np.searchsorted(reached, left[s]))
                 rank = left[s] - (int(reached[block - 1]) if block else 0)
-                ends[s] = begin + block * _BLOCK + _place(values, s, has_base, block, bits[s], rank) + 1
+                ends[s] = begin + block * BLOCK + _place(values, s, has_base, block, bits[s], rank) + 1
             left[s] -= int(reached[-1])
         if min(ends) >= 0:
             break
@@ -174,7 +177,7 @@ def _ties_ends(
 
 def _place(values: list[Tensor], s: int, has_base: bool, block: int, bits: int, rank: int) -> int:
     """Where in a block the equal of this rank stands."""
-    within = slice(block * _BLOCK, (block + 1) * _BLOCK)
+    within = slice(block * BLOCK, (block + 1) * BLOCK)
     delta = values[s][within].float()
     if has_base:
         delta = delta - values[-1][within].float()
@@ -182,9 +185,7 @@ def _place(values: list[Tensor], s: int, has_base: bool, block: int, bits: int, 
     return int(((delta.view(torch.int32) & 0x7FFFFFFF) == bits).nonzero()[rank - 1])
 
 
-def _tiles(
-    group: Sequence[Inputs], selected: Sequence[int], run: Run
-) -> Iterator[tuple[int, list[Tensor], bool]]:
+def _tiles(group: Sequence[Inputs], selected: Sequence[int], run: Run) -> Iterator[tuple[int, list[Tensor], bool]]:
     """Tile after tile of a group: the index in the group, the selected models and the base, whether there is one."""
     start = 0
     for inputs in group:

@@ -24,7 +24,10 @@ WHOLES = tl.constexpr(4)
 @triton.jit
 def load(pointer, place, inside):
     """Elements as float32; +0 outside."""
-    return tl.load(pointer + place, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(pointer + place, mask=inside, other=0.0)
+    if pointer.dtype.element_ty == tl.bfloat16:  # in whole numbers: the interpreter's own conversion loses denormals
+        return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -34,25 +37,36 @@ def magnitude_bits(values):
 
 
 @triton.jit
-def keep(delta, wholes, start, KEEP: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+def keep(delta, wholes, start, how: tl.constexpr, block: tl.constexpr):
     """The delta where kept, +0 elsewhere; `wholes` is the model's row, `start` the flat index of the first."""
-    if KEEP == _ABOVE:
+    if how == _ABOVE:
         bits = magnitude_bits(delta)
         cut = tl.load(wholes).to(tl.int32)
         ties_end = tl.load(wholes + 1)
-        below = tl.minimum(tl.maximum(ties_end - start, 0), BLOCK).to(tl.int32)  # in elements of this block
-        kept = (bits > cut) | ((bits == cut) & (tl.arange(0, BLOCK) < below))
+        below = tl.minimum(tl.maximum(ties_end - start, 0), block).to(tl.int32)  # in elements of this block
+        kept = (bits > cut) | ((bits == cut) & (tl.arange(0, block) < below))
         delta = tl.where(kept, delta, 0.0)
-    if KEEP == _BERNOULLI:
+    if how == _BERNOULLI:
         cut, key = tl.load(wholes + 2), tl.load(wholes + 3)
-        first, upper = pieces(key, start, 0, BLOCK), (cut >> 16).to(tl.int32)
+        first, upper = pieces(key, start, 0, block), (cut >> 16).to(tl.int32)
         kept = (first < upper).to(tl.int32)
         equal = (first == upper).to(tl.int32)
         if tl.max(equal, axis=0) > 0:  # one element in 65536
-            second, lower = pieces(key, start, 1, BLOCK), (cut & 0xFFFF).to(tl.int32)
+            second, lower = pieces(key, start, 1, block), (cut & 0xFFFF).to(tl.int32)
             kept = kept | (equal & (second < lower).to(tl.int32))
         delta = tl.where(kept > 0, delta, 0.0)
     return delta
+
+
+#: Elements per program by the number of inputs, whose elements must fit in registers. Not yet measured on a card.
+_BLOCKS = ((4, 1024), (8, 512), (16, 256))
+_LEAST_BLOCK = 128
+WARPS = 4
+
+
+def block_of(inputs: int) -> int:
+    """How many elements a program takes."""
+    return next((block for limit, block in _BLOCKS if inputs <= limit), _LEAST_BLOCK)
 
 
 def tables(sweeps: Sequence[Sweep], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
+import triton
 from torch import Tensor
 
 from .. import memory
@@ -27,6 +28,8 @@ _STEP = 8
 
 def why_not() -> str:
     """Why no kernel can run here; empty where one can."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return f"triton {triton.__version__} divides without denormals: install 3.6 or newer"
     if INTERPRETED or _accelerator():
         return ""
     return "torch sees no GPU, and TRITON_INTERPRET=1, which runs the kernels without one, is not set"
@@ -37,18 +40,15 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else _accelerator())
 
 
-def tiles(
-    inputs: Inputs, tile: int, run: Run, place: torch.device | None = None
-) -> Iterator[tuple[int, list[Tensor]]]:
+def tiles(inputs: Inputs, tile: int, run: Run, place: torch.device | None = None) -> Iterator[tuple[int, list[Tensor]]]:
     """Tile after tile on the device: its first flat index, the models and then the base; reports the bytes of each."""
     place = place or device()
-    views = inputs.models if inputs.base is None else (*inputs.models, inputs.base)
     step = min(max(tile // _STEP * _STEP, _STEP), _LARGEST_TILE) if tile else _TILE
     for begin in range(0, inputs.elements, step):
         count = min(step, inputs.elements - begin)
-        yield begin, [_load(view, begin, count, place) for view in views]
+        yield begin, [_load(view, begin, count, place) for view in inputs.views]
         if run.tick:
-            run.tick(sum(count * DTYPES[view.dtype].itemsize for view in views))
+            run.tick(sum(count * DTYPES[view.dtype].itemsize for view in inputs.views))
 
 
 class Arriving:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -135,7 +135,9 @@ def test_the_package_is_typed() -> None:
 
 
 def test_the_kernels_are_installed_within_the_package() -> None:
-    assert importlib.import_module("fastmerge.kernels").__name__ == "fastmerge.kernels"
+    assert importlib.util.find_spec("fastmerge.kernels.provider"), "which is not imported: it needs triton"
+    top = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
+    assert len(top) == 1, "only a docstring: in a checkout it also answers to `import kernels`"
 
 
 # --- what importing costs ---
