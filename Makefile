@@ -18,7 +18,7 @@ demo: .venv/built
 test: .venv/built .venv/tests .venv-mergekit/built
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: .venv/built .venv/linters
+lint: .venv/tests .venv/linters
 	$(BIN)/ruff check $(PYTHONS)
 	$(BIN)/ruff format --check $(PYTHONS)
 	$(BIN)/mypy
