@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from .errors import FastmergeError, FastmergeWarning
 
 if TYPE_CHECKING:
     from .engine import Progress, Report
-    from .planner import Plan
+    from .planner import Job, Plan
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -194,7 +196,7 @@ def _closing(report: Report) -> str:
 
 def _show_plan(made: Plan) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     for stage in made.stages:
@@ -210,7 +212,18 @@ def _show_plan(made: Plan) -> None:
         Console().print(table)
         for number, model in enumerate(stage.models):
             click.echo(f"  model {number}: {_printable(model.name)}")
+        table = Table(Column("tensors", overflow="fold"), "", "shape", "dtype", "inputs", "reads")
+        for (name, *rest), times in Counter(map(_kind, stage.jobs)).items():
+            table.add_row(Text(_printable(name)), f"x {times}" if times > 1 else "", *rest)
+        Console().print(table)
     click.echo(f"reads {_size(made.bytes_read)}, writes {_size(made.bytes_written)}")
+
+
+def _kind(job: Job) -> tuple[str, ...]:
+    """A job as the plan shows it: those that differ in a number of their name only are one row."""
+    reads = "copied" if job.copy else f"{job.passes} times" if job.passes > 1 else "once"
+    shape = " x ".join(map(str, job.shape))
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", job.name), shape, job.dtype, str(len(job.sources)), reads
 
 
 def _size(count: float) -> str:

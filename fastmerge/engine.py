@@ -17,7 +17,7 @@ from . import backends
 from .batches import Batch, in_batches, input_bytes, output_dtype, read, share_out
 from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
 from .errors import CheckpointError, FastmergeWarning, NonFiniteError, OutputError
-from .measures import measured, model_cuts, passes
+from .measures import measured, model_cuts
 from .methods import Base
 from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
 from .planner import plan as make_plan
@@ -131,7 +131,7 @@ class _Watch:
     """Progress and memory, looked at whenever an op comes up for air."""
 
     def __init__(self, plan: Plan, progress: Progress | None) -> None:
-        self.total = sum(passes(job) * input_bytes(stage, job) for stage in plan.stages for job in stage.jobs)
+        self.total = sum(job.passes * input_bytes(stage, job) for stage in plan.stages for job in stage.jobs)
         self.done = 0
         self.peak_anonymous_bytes = 0
         self._progress = progress

@@ -81,10 +81,3 @@ def model_cuts(stage: Stage, models: Sequence[Checkpoint], backend: str, run: Ru
             cuts[job.name].append(Cut(cut.magnitude, max(0, cut.ties_end - start)))
             start += inputs.elements
     return {name: tuple(each) for name, each in cuts.items()}
-
-
-def passes(job: Job) -> int:
-    """How often a job reads its inputs: once, and once more for each thing that its method measures."""
-    if job.copy:
-        return 1
-    return 1 + job.method.selects + job.method.gram + (rescale_of(job.method, job.settings) is not Rescale.NONE)

@@ -14,9 +14,10 @@ from .checkpoint import DTYPE_BITS, Checkpoint, Layout, TensorInfo, lay_out, ope
 from .errors import FastmergeWarning, RecipeError
 from .fit import BUFFERS, FLOATS, Fit, common
 from .layers import Row
-from .methods import METHODS, Base, Method, Settings
+from .methods import METHODS, Base, Method, Settings, rescale_of
 from .recipe import Document, Model, Module, Recipe, Slice
 from .settings import Resolver
+from .sweep import Rescale
 
 SHARD_SIZE = 5_000_000_000
 
@@ -46,6 +47,14 @@ class Job:
     def sources(self) -> tuple[Source, ...]:
         """All that is read, the base last."""
         return self.inputs if self.base is None else (*self.inputs, self.base)
+
+    @property
+    def passes(self) -> int:
+        """How often the inputs are read: once, and once more for each thing that the method measures first."""
+        if self.copy:
+            return 1
+        matches_norms = rescale_of(self.method, self.settings) is not Rescale.NONE
+        return 1 + self.method.selects + self.method.gram + matches_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +166,7 @@ def _stage_json(stage: Stage) -> dict[str, Any]:
                 "shape": list(job.shape),
                 "inputs": [source(at) for at in job.inputs],
                 "base": None if job.base is None else source(job.base),
+                "passes": job.passes,
                 "method": "copy" if job.copy else job.method.name,
                 "parameters": {} if job.copy else dict(job.settings.shared),
                 "model_parameters": [] if job.copy else [dict(model) for model in job.settings.models],

@@ -314,6 +314,8 @@ def test_plan_says_what_a_merge_would_move(fastmerge_: Command) -> None:
     assert "  model 0: a\n  model 1: b\n" in ended.out
     cells = [cell.strip() for cell in next(line for line in ended.out.splitlines() if "linear" in line).split("│")]
     assert cells[1:3] + cells[5:6] == ["linear", "4", "4"]
+    cells = [cell.strip() for cell in next(line for line in ended.out.splitlines() if "layers.*.w" in line).split("│")]
+    assert cells[1:7] == ["layers.*.w", "x 4", "8 x 16", "F32", "2", "once"]
     assert not Path("out").exists()
 
 

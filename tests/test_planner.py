@@ -889,6 +889,7 @@ def test_the_plan_as_json() -> None:
             {"model": "c", "tensor": "model.embed_tokens.weight"},
         ],
         "base": {"model": "base", "tensor": "model.embed_tokens.weight"},
+        "passes": 2,
         "method": "ties",
         "parameters": {
             "lambda": 1.0,
