@@ -74,6 +74,11 @@ struct Call {
   char* out;
 };
 
+template <int n>
+struct Vectors {
+  static constexpr int count = n;
+};
+
 // One sweep over [from, to) of a chunk; both are multiples of the width. The output is float32, or of the inputs' own
 // dtype. Reads models (+ 1) x size_of(dtype) bytes per element, and writes one element.
 template <DType dtype, bool has_base, bool same_dtype, Keep keep, Elect elect, Mass by>
@@ -109,33 +114,56 @@ uint32_t sweep_run(const Call& call, int from, int to) {
     L::write<out_dtype>(call.out + at * out_size, out);
   };
 
+  // Vectors are worked on two by two where two make a cache line: each line is then asked for once, and not again after
+  // the lines of all other inputs, which may lie where the first cache can't hold all of them.
+  constexpr int together = size == 2 && L::width > 1 ? 2 : 1;
+  const auto in_steps = [&](int start, int end, const auto& step) {
+    int at = start;
+    for (; at + together * L::width <= end; at += together * L::width) step(at, Vectors<together>());
+    for (; at < end; at += L::width) step(at, Vectors<1>());
+  };
+
   if constexpr (elect == Elect::NONE) {
-    for (int at = from; at < to; at += L::width) {
-      const F base = base_at(at);
-      F sum = kept_delta(0, at, base) * L::set(call.parts[0].weight);
-      for (int model = 1; model < models; ++model) {
-        sum = sum + kept_delta(model, at, base) * L::set(call.parts[model].weight);
+    in_steps(from, to, [&](int start, auto vectors) {
+      F bases[vectors.count], sums[vectors.count];
+      for (int v = 0; v < vectors.count; ++v) bases[v] = base_at(start + v * L::width);
+      for (int v = 0; v < vectors.count; ++v) {
+        sums[v] = kept_delta(0, start + v * L::width, bases[v]) * L::set(call.parts[0].weight);
       }
-      finish(at, base, divide ? sum / divisor : sum);
-    }
+      for (int model = 1; model < models; ++model) {
+        const F weight = L::set(call.parts[model].weight);
+        for (int v = 0; v < vectors.count; ++v) {
+          sums[v] = sums[v] + kept_delta(model, start + v * L::width, bases[v]) * weight;
+        }
+      }
+      for (int v = 0; v < vectors.count; ++v) {
+        finish(start + v * L::width, bases[v], divide ? sums[v] / divisor : sums[v]);
+      }
+    });
   } else {
     // Two short loops instead of one long: a chain of so many operations would keep the processor waiting for itself.
     constexpr int block = 16 * L::width;
     float sums[block], masses[block];
     for (int start = from; start < to; start += block) {
       const int end = start + block < to ? start + block : to;
-      for (int at = start; at < end; at += L::width) {
-        Ballot<L> ballot;
-        const F base = base_at(at);
+      in_steps(start, end, [&](int first, auto vectors) {
+        Ballot<L> ballots[vectors.count];
+        F bases[vectors.count];
+        for (int v = 0; v < vectors.count; ++v) bases[v] = base_at(first + v * L::width);
         for (int model = 0; model < models; ++model) {
-          const Part& part = call.parts[model];
-          const F delta = kept_delta(model, at, base);
-          vote<L, elect, by>(ballot, delta, delta * L::set(part.weight), L::set(part.mass));
+          const F weight = L::set(call.parts[model].weight), mass = L::set(call.parts[model].mass);
+          for (int v = 0; v < vectors.count; ++v) {
+            const F delta = kept_delta(model, first + v * L::width, bases[v]);
+            vote<L, elect, by>(ballots[v], delta, delta * weight, mass);
+          }
         }
-        F mass = divisor;
-        L::store(sums + (at - start), elected<L, by>(ballot, least_positive, mass));
-        if (by != Mass::DIVISOR) L::store(masses + (at - start), mass);
-      }
+        for (int v = 0; v < vectors.count; ++v) {
+          F mass = divisor;
+          const int at = first + v * L::width - start;
+          L::store(sums + at, elected<L, by>(ballots[v], least_positive, mass));
+          if (by != Mass::DIVISOR) L::store(masses + at, mass);
+        }
+      });
       for (int at = start; at < end; at += L::width) {
         const F sum = L::load(sums + (at - start));
         finish(at, base_at(at), by == Mass::DIVISOR ? sum / divisor : sum / L::load(masses + (at - start)));
