@@ -15,6 +15,8 @@ enum class DType : uint8_t { F32 = 0, F16 = 1, BF16 = 2, U8 = 3 };
 
 namespace {  // internal linkage: each instruction set compiles its own copy with its own flags
 
+constexpr uint32_t INFINITE = 0x7f800000;  // as float32 bits; the magnitudes above are NaN
+
 FASTMERGE_INLINE int64_t size_of(DType dtype) {
   return dtype == DType::F32 ? 4 : dtype == DType::U8 ? 1 : 2;
 }

@@ -64,7 +64,7 @@ def merge(
     Args:
         recipe: a `Recipe`, or the path of its YAML file.
         out: the folder to write; new or empty, unless `overwrite`.
-        backend: "auto", or a provider by name ("cpu", "torch"), which then never falls back.
+        backend: "auto", or a provider by name ("cpu", "torch", "triton"), which then never falls back.
         threads: workers; by default one for each processor that this process may use.
         seed: of the random drops; before the recipe's own. The default is 0.
         shard_size: the most bytes of tensors in one file.

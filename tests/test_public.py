@@ -56,8 +56,8 @@ ROOMS = {
 HEAVY = {
     "click": {"cli"},
     "rich": {"cli", "demo"},
-    "pydantic": {"recipe"},
-    "yaml": {"marked", "recipe"},
+    "pydantic": set(),
+    "yaml": {"marked"},
     "torch": {"kernels", "reference"},
     "triton": {"kernels"},
     "safetensors": set(),

@@ -13,8 +13,6 @@ using F = L::F;
 using U = L::U;
 using P = L::P;
 
-constexpr uint32_t INFINITE = 0x7f800000;
-
 int padded(int count) {
   return (count + SUM_LANES - 1) / SUM_LANES * SUM_LANES;
 }

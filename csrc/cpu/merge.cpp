@@ -50,12 +50,12 @@ float element(const View& view, int64_t at) {
 }
 
 bool finite(float value) {
-  return (to_bits(value) & 0x7f800000) != 0x7f800000;
+  return (to_bits(value) & INFINITE) != INFINITE;
 }
 
 // The smallest magnitude that rounds to Inf.
 uint32_t overflow_bits(DType dtype) {
-  return dtype == DType::F16 ? to_bits(65520.0f) : dtype == DType::BF16 ? 0x7f7f8000 : 0x7f800000;
+  return dtype == DType::F16 ? to_bits(65520.0f) : dtype == DType::BF16 ? 0x7f7f8000 : INFINITE;
 }
 
 // What is rare is looked for again, slowly, in the one chunk where the sweep saw that something is there.
@@ -75,7 +75,7 @@ void look(const Merge& merge, int setting, bool inputs_too, int64_t begin, int c
   int64_t overflow = 0;
   for (int at = 0; at < count; ++at) {
     const uint32_t magnitude = to_bits(out[at]) & 0x7fffffff;
-    overflow += magnitude >= limit && magnitude < 0x7f800000;
+    overflow += magnitude >= limit && magnitude < INFINITE;
   }
   const std::lock_guard<std::mutex> lock(mutex);
   merge.overflow[setting] += overflow;

@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t TILE = 64 * CHUNK;
 constexpr int64_t RUNS = 2048, RUN = 16, SAMPLES = RUNS * RUN;  // a run of neighbours costs one cache line per input
 constexpr int64_t ALONE = 32 * TILE;                            // groups up to this size are one worker's work
-constexpr uint32_t INFINITE = 0x7f800000;
 
 struct Search {
   int64_t rank;
