@@ -17,15 +17,6 @@ using namespace fastmerge;
 
 namespace {
 
-// A tensor as Python lays it out; its views, parts, sweeps and targets follow one another in the other arrays.
-struct Row {
-  int64_t elements;
-  int32_t models;
-  int32_t inputs;
-  int32_t settings;
-  int32_t group;
-};
-
 template <class T>
 using Records = py::array_t<T, py::array::c_style>;
 
@@ -39,6 +30,7 @@ std::vector<Tensor> tensors_of(const Records<Row>& rows, const Records<View>& vi
   size_t view = 0;
   for (py::ssize_t i = 0; i < rows.size(); ++i) {
     const Row& row = *at(rows, static_cast<size_t>(i));
+    if (row.begin != 0) throw std::invalid_argument("the CPU core takes whole tensors");
     tensors.push_back({at(views, view), row.elements, row.models, row.inputs});
     view += static_cast<size_t>(row.inputs);
   }
@@ -178,7 +170,7 @@ py::tuple py_threshold(const Records<Row>& rows, const Records<View>& views, con
 PYBIND11_MODULE(_core, module) {
   module.doc() =
       "The compiled CPU kernels: addresses, dtypes and counts in, numbers out. Called by fastmerge.native alone.";
-  PYBIND11_NUMPY_DTYPE(Row, elements, models, inputs, settings, group);
+  PYBIND11_NUMPY_DTYPE(Row, elements, begin, models, inputs, settings, group);
   PYBIND11_NUMPY_DTYPE(View, address, dtype);
   PYBIND11_NUMPY_DTYPE(Sweep, keep, elect, tie_vote, mean, divisor, lambda, padding);
   PYBIND11_NUMPY_DTYPE(Part, weight, rescale, magnitude, mass, ties_end, cut, key);

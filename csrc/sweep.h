@@ -11,7 +11,17 @@ enum class Elect : uint8_t { NONE = 0, WEIGHTED = 1, PLAIN = 2, COUNT = 3 };
 enum class TieVote : uint8_t { POSITIVE = 0, ZERO = 1 };
 enum class Mean : uint8_t { SUM = 0, WEIGHTS = 1, COUNT = 2, CONTRIBUTORS = 3 };
 
-// The layouts of View, Part, Sweep and Target are those of the record arrays that fastmerge/native.py fills.
+// The layouts of Row, View, Part, Sweep and Target are those of the record arrays that fastmerge/records.py fills.
+
+// A tensor; its views, parts, sweeps and targets follow one another in the other arrays.
+struct Row {
+  int64_t elements;
+  int64_t begin;  // flat index of the first element; not 0 only for a part of a tensor on a GPU
+  int32_t models;
+  int32_t inputs;
+  int32_t settings;
+  int32_t group;
+};
 
 struct View {
   uint64_t address;  // of the first element, not necessarily aligned to it

@@ -1,4 +1,4 @@
-"""The compiled CPU core as a provider: lays addresses and settings out in record arrays. No arithmetic."""
+"""The compiled CPU core as a provider: addresses and settings in, numbers out. No arithmetic."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
 from .errors import CUT, BackendError, CheckpointError
-from .sweep import Cut, Found, Inputs, Mean, Run, Sweep, Target
+from .records import DTYPE_CODES, Records, split
+from .sweep import Cut, Found, Inputs, Run, Sweep, Target
 
 name = "cpu"
 
 #: Every instruction set of this build, best first.
 ISAS = tuple(_core.instruction_sets())
 
-_CODES = {"F32": 0, "F16": 1, "BF16": 2, "U8": 3}
-DTYPES = frozenset(_CODES)
+DTYPES = frozenset(DTYPE_CODES)
 
+_records = Records(_core)
 _forced: list[str] = []
-_T = TypeVar("_T", bound=np.generic)
 
 
 def isas() -> tuple[str, ...]:
@@ -64,9 +63,9 @@ def using(isa: str) -> Iterator[None]:
 def gram(tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]:
     """Inner products [M, M] in float64 of deltas, or of weights without a base; NaN and Inf count as 0."""
     with _cut_inputs():
-        products = _core.gram(_rows(tensors), _views(tensors), isa(), run.threads, run.tick)
+        products = _core.gram(_records.rows(tensors), _records.views(tensors), isa(), run.threads, run.tick)
     sizes = [len(tensor.models) for tensor in tensors]
-    return [part.reshape(m, m) for m, part in zip(sizes, _split(products, [m * m for m in sizes]), strict=True)]
+    return [part.reshape(m, m) for m, part in zip(sizes, split(products, [m * m for m in sizes]), strict=True)]
 
 
 def norms(tensors: Sequence[Inputs], sweeps: Sequence[Sweep], run: Run) -> list[NDArray[np.float64]]:
@@ -74,9 +73,15 @@ def norms(tensors: Sequence[Inputs], sweeps: Sequence[Sweep], run: Run) -> list[
     settings = [(sweep,) for sweep in sweeps]
     with _cut_inputs():
         sums = _core.norms(
-            _rows(tensors), _views(tensors), _sweeps(settings), _parts(settings), isa(), run.threads, run.tick
+            _records.rows(tensors),
+            _records.views(tensors),
+            _records.sweeps(settings),
+            _records.parts(settings),
+            isa(),
+            run.threads,
+            run.tick,
         )
-    return [part.reshape(-1, 2, 3) for part in _split(sums, [6 * len(tensor.models) for tensor in tensors])]
+    return [part.reshape(-1, 2, 3) for part in split(sums, [6 * len(tensor.models) for tensor in tensors])]
 
 
 def threshold(groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]], run: Run) -> list[tuple[Cut, ...]]:
@@ -85,10 +90,10 @@ def threshold(groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]]
     A NaN counts as 0. Where all equals stay, or all elements, `ties_end` is EVERY.
     """
     tensors = list(chain.from_iterable(groups))
-    rows = _rows(tensors, [number for number, group in enumerate(groups) for _ in group])
+    rows = _records.rows(tensors, groups=[number for number, group in enumerate(groups) for _ in group])
     wanted = np.fromiter(chain.from_iterable(ranks), np.int64)
     with _cut_inputs():
-        magnitudes, ends = _core.threshold(rows, _views(tensors), wanted, isa(), run.threads, run.tick)
+        magnitudes, ends = _core.threshold(rows, _records.views(tensors), wanted, isa(), run.threads, run.tick)
     cuts = iter(map(Cut, magnitudes.tolist(), ends.tolist()))
     return [tuple(next(cuts) for _ in wanted) for wanted in ranks]
 
@@ -102,66 +107,24 @@ def merge(
         CheckpointError: a mapped input was cut while it was read.
         OSError: a target file could not be written.
     """
-    rows = _rows(tensors)
-    rows["settings"] = [len(each) for each in sweeps]
-    places = np.array(
-        [(target.offset, target.file, _CODES[target.dtype]) for each in targets for target in each], _core.TARGET
-    )
+    rows = _records.rows(tensors, settings=[len(each) for each in sweeps])
     with _cut_inputs():
         nonfinite, first, overflow = _core.merge(
-            rows, _views(tensors), _sweeps(sweeps), _parts(sweeps), places, isa(), run.threads, run.tile, run.tick
+            rows,
+            _records.views(tensors),
+            _records.sweeps(sweeps),
+            _records.parts(sweeps),
+            _records.targets(targets),
+            isa(),
+            run.threads,
+            run.tile,
+            run.tick,
         )
     inputs, outputs = rows["inputs"].tolist(), rows["settings"].tolist()
     return [
         Found(tuple(a.tolist()), tuple(b.tolist()), tuple(c.tolist()))
-        for a, b, c in zip(_split(nonfinite, inputs), _split(first, inputs), _split(overflow, outputs), strict=True)
+        for a, b, c in zip(split(nonfinite, inputs), split(first, inputs), split(overflow, outputs), strict=True)
     ]
-
-
-# --- records ---
-
-
-def _rows(tensors: Sequence[Inputs], groups: Sequence[int] | None = None) -> NDArray[np.void]:
-    rows = [(t.elements, len(t.models), len(t.views), 1, 0) for t in tensors]
-    records = np.array(rows, _core.ROW)
-    if groups is not None:
-        records["group"] = groups
-    return records
-
-
-def _views(tensors: Sequence[Inputs]) -> NDArray[np.void]:
-    return np.array([(v.address, _CODES[v.dtype]) for tensor in tensors for v in tensor.views], _core.VIEW)
-
-
-def _sweeps(settings: Sequence[Sequence[Sweep]]) -> NDArray[np.void]:
-    rows = [
-        (sweep.keep, sweep.elect, sweep.tie_vote, sweep.mean, sweep.divisor, sweep.lambda_, 0.0)
-        for each in settings
-        for sweep in each
-    ]
-    return np.array(rows, _core.SWEEP)
-
-
-def _parts(settings: Sequence[Sequence[Sweep]]) -> NDArray[np.void]:
-    rows = [
-        (
-            part.weight,
-            part.rescale,
-            part.magnitude,
-            part.weight if sweep.mean is Mean.WEIGHTS else 1.0,
-            part.ties_end,
-            part.cut,
-            part.key,
-        )
-        for each in settings
-        for sweep in each
-        for part in sweep.parts
-    ]
-    return np.array(rows, _core.PART)
-
-
-def _split(flat: NDArray[_T], sizes: Sequence[int]) -> list[NDArray[_T]]:
-    return np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
 
 
 @contextmanager

@@ -96,18 +96,25 @@ class Sweep:
 
 
 class View(NamedTuple):
-    """A tensor's bytes: the address of its first element, and its dtype. Its maker keeps the memory alive."""
+    """A tensor's bytes: the address of its first element, and its dtype. Its maker keeps the memory alive.
+
+    The address lies in the memory that the provider works in: the host's, or that of the GPU `Run.device`.
+    """
 
     address: int
     dtype: str
 
 
 class Inputs(NamedTuple):
-    """What a sweep reads: `elements` of each model, and of the base where deltas are taken."""
+    """What a sweep reads: `elements` of each model, and of the base where deltas are taken.
+
+    On a GPU it may be a part of a tensor, whose flat indices go on from `begin`, a multiple of 8.
+    """
 
     elements: int
     models: tuple[View, ...]
     base: View | None = None
+    begin: int = 0
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -144,3 +151,5 @@ class Run(NamedTuple):
     threads: int = 1
     tile: int = 0
     tick: Callable[[int], None] | None = None
+    device: int = 0  # of the GPU that runs the op
+    stream: int = 0  # of that GPU; an op returns when its work there is done
