@@ -14,6 +14,8 @@ constexpr int CHUNK = 2048;
 // Lanes of a sum: each float64 sum runs over 16 interleaved lanes on every instruction set, so that its bits are the
 // same.
 constexpr int SUM_LANES = 16;
+// The most elements that any instruction set takes at once.
+constexpr int LINE = 32;
 constexpr int BINS = 2048;
 constexpr int CANDIDATES = 4;
 
@@ -22,11 +24,11 @@ struct Scratch {
   const char** inputs;   // one pointer per input
   float* wide;           // inputs x CHUNK
   float* out;            // CHUNK
-  uint32_t* thresholds;  // inputs x SUM_LANES
+  uint32_t* thresholds;  // inputs x LINE
   uint8_t* kept;         // inputs x CHUNK / 8
 
   static size_t bytes(int inputs) {
-    return static_cast<size_t>(inputs) * (sizeof(char*) + CHUNK * sizeof(float) + SUM_LANES * 4 + CHUNK / 8) +
+    return static_cast<size_t>(inputs) * (sizeof(char*) + CHUNK * sizeof(float) + LINE * 4 + CHUNK / 8) +
            CHUNK * sizeof(float) + 5 * 64;
   }
   Scratch(char* block, int inputs) {
@@ -38,7 +40,7 @@ struct Scratch {
     const size_t n = static_cast<size_t>(inputs);
     wide = reinterpret_cast<float*>(take(n * CHUNK * sizeof(float)));
     out = reinterpret_cast<float*>(take(CHUNK * sizeof(float)));
-    thresholds = reinterpret_cast<uint32_t*>(take(n * SUM_LANES * 4));
+    thresholds = reinterpret_cast<uint32_t*>(take(n * LINE * 4));
     kept = reinterpret_cast<uint8_t*>(take(n * CHUNK / 8));
     this->inputs = reinterpret_cast<const char**>(take(n * sizeof(char*)));
   }
@@ -66,14 +68,16 @@ struct Kernels {
 
   // One sweep over `count` elements from `begin` (a multiple of CHUNK) into out[count]. Returns the largest magnitude,
   // as bits, among the outputs and those deltas that might not reach them: below 0x7f800000 where all is finite.
+  // `past_caches`: nobody reads the output soon.
   uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, DType out_dtype, char* out,
-                    Scratch&);
+                    bool past_caches, Scratch&);
 
   // Deltas (weights without a base) as float32 into scratch.wide[model][count], padded with zeros to 16. A NaN becomes
   // 0 there, and so does Inf unless `infinite_too`: one bad element must not decide about the others.
   void (*deltas)(const Tensor&, int64_t begin, int count, bool infinite_too, Scratch&);
+  // Adds to models x models sums, the upper triangle; what is not finite counts as 0.
+  void (*gram)(const Tensor&, int64_t begin, int count, Scratch&, double* sums);
   // The measures below read what `deltas` left.
-  void (*gram)(int models, int count, const Scratch&, double* sums);  // adds to models x models, upper triangle
   void (*norms)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, Scratch&, double* sums);
   void (*census)(const float* deltas, int count, Census&);
   void (*tally)(const float* deltas, int count, Tally&);

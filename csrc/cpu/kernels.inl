@@ -11,6 +11,8 @@ namespace {
 using L = Lanes;
 using F = L::F;
 using U = L::U;
+using D = L::D;
+using M = L::M;
 using P = L::P;
 
 int padded(int count) {
@@ -70,19 +72,26 @@ struct Call {
   const uint8_t* kept;
   bool rescaled;  // some part's rescale is not 1
   char* out;
+  bool past_caches;  // `out` is not read soon, and starts a line
 };
 
-template <int n>
-struct Vectors {
-  static constexpr int count = n;
-};
+// Lines are asked for so many bytes before they are read: the processor's own guesses end with a page, and a chunk of
+// 16-bit elements is one.
+constexpr int AHEAD = 2048;
 
-// One sweep over [from, to) of a chunk; both are multiples of the width. The output is float32, or of the inputs' own
-// dtype. Reads models (+ 1) x size_of(dtype) bytes per element, and writes one element.
+uint32_t largest_of(U magnitudes) {
+  uint32_t lanes[L::width], largest = 0;
+  L::store(lanes, magnitudes);
+  for (const uint32_t lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
+// One sweep over [from, to) of a chunk, whole lines. The output is float32, or of the inputs' own dtype. Reads models
+// (+ 1) x size_of(dtype) bytes per element, and writes one element.
 template <DType dtype, bool has_base, bool same_dtype, Keep keep, Elect elect, Mass by>
 uint32_t sweep_run(const Call& call, int from, int to) {
-  constexpr DType out_dtype = same_dtype ? dtype : DType::F32;
-  constexpr int size = dtype == DType::F32 ? 4 : 2, out_size = out_dtype == DType::F32 ? 4 : 2;
+  constexpr int size = dtype == DType::F32 ? 4 : 2;
+  constexpr int vectors = L::vectors<dtype>, line = vectors * L::width;
   // A NaN or Inf that is dropped or outvoted never reaches the output: then the deltas are looked at themselves.
   constexpr bool may_hide = keep != Keep::ALL || elect == Elect::PLAIN || elect == Elect::COUNT;
   const Sweep& sweep = *call.sweep;
@@ -93,86 +102,120 @@ uint32_t sweep_run(const Call& call, int from, int to) {
   const bool rescaled = call.rescaled;
   U worst = L::word(0);
 
-  const auto base_at = [&](int at) { return has_base ? L::read<dtype>(call.inputs[models] + at * size) : L::zero(); };
-  const auto kept_delta = [&](int model, int at, F base) {
-    const F value = L::read<dtype>(call.inputs[model] + at * size);
-    F delta = has_base ? value - base : value;
-    if (may_hide) worst = L::max(worst, L::magnitude(delta));
-    if constexpr (keep == Keep::ABOVE) {
-      const U threshold = L::load(call.thresholds + model * SUM_LANES);
-      delta = L::where(L::at_least(L::magnitude(delta), threshold), delta);
-    } else if constexpr (keep == Keep::BERNOULLI) {
-      delta = L::where(L::mask_at(call.kept + model * (CHUNK / 8), at), delta);
+  const auto read = [&](int input, int at, F* values) {
+    const char* place = call.inputs[input] + at * size;
+    __builtin_prefetch(place + AHEAD);
+    L::read_line<dtype>(place, values);
+  };
+  const auto read_base = [&](int at, F* bases) {
+    if constexpr (has_base) return read(models, at, bases);
+    for (int v = 0; v < vectors; ++v) bases[v] = L::zero();
+  };
+  const auto kept_deltas = [&](int model, int at, const F* bases, F* deltas) {
+    read(model, at, deltas);
+    M masks[vectors];
+    if constexpr (keep == Keep::BERNOULLI) L::mask_line<dtype>(call.kept + model * (CHUNK / 8), at, masks);
+    for (int v = 0; v < vectors; ++v) {
+      if (has_base) deltas[v] = deltas[v] - bases[v];
+      if (may_hide) worst = L::max(worst, L::magnitude(deltas[v]));
+      if constexpr (keep == Keep::ABOVE) {
+        const U threshold = L::load(call.thresholds + model * LINE + v * L::width);
+        masks[v] = L::at_least(L::magnitude(deltas[v]), threshold);
+      }
+      if constexpr (keep != Keep::ALL) deltas[v] = L::where(masks[v], deltas[v]);
+      if (rescaled) deltas[v] = deltas[v] * L::set(call.parts[model].rescale);
     }
-    return rescaled ? delta * L::set(call.parts[model].rescale) : delta;
   };
-  const auto finish = [&](int at, F base, F mean) {
-    const F out = combine<L, has_base>(base, mean * lambda);
-    worst = L::max(worst, L::magnitude(out));
-    L::write<out_dtype>(call.out + at * out_size, out);
-  };
-
-  // Vectors are worked on two by two where two make a cache line: each line is then asked for once, and not again after
-  // the lines of all other inputs, which may lie where the first cache can't hold all of them.
-  constexpr int together = size == 2 && L::width > 1 ? 2 : 1;
-  const auto in_steps = [&](int start, int end, const auto& step) {
-    int at = start;
-    for (; at + together * L::width <= end; at += together * L::width) step(at, Vectors<together>());
-    for (; at < end; at += L::width) step(at, Vectors<1>());
+  const auto finish = [&](int at, const F* bases, const F* means) {
+    F out[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      out[v] = combine<L, has_base>(bases[v], means[v] * lambda);
+      worst = L::max(worst, L::magnitude(out[v]));
+    }
+    if constexpr (same_dtype) return L::write_line<dtype>(call.out + at * size, out, call.past_caches);
+    L::in_order<dtype>(out);
+    for (int v = 0; v < vectors; ++v) L::write<DType::F32>(call.out + (at + v * L::width) * 4, out[v]);
   };
 
   if constexpr (elect == Elect::NONE) {
-    in_steps(from, to, [&](int start, auto vectors) {
-      F bases[vectors.count], sums[vectors.count];
-      for (int v = 0; v < vectors.count; ++v) bases[v] = base_at(start + v * L::width);
-      for (int v = 0; v < vectors.count; ++v) {
-        sums[v] = kept_delta(0, start + v * L::width, bases[v]) * L::set(call.parts[0].weight);
-      }
+    for (int at = from; at < to; at += line) {
+      F bases[vectors], deltas[vectors], sums[vectors];
+      read_base(at, bases);
+      kept_deltas(0, at, bases, sums);
+      for (int v = 0; v < vectors; ++v) sums[v] = sums[v] * L::set(call.parts[0].weight);
       for (int model = 1; model < models; ++model) {
         const F weight = L::set(call.parts[model].weight);
-        for (int v = 0; v < vectors.count; ++v) {
-          sums[v] = sums[v] + kept_delta(model, start + v * L::width, bases[v]) * weight;
-        }
+        kept_deltas(model, at, bases, deltas);
+        for (int v = 0; v < vectors; ++v) sums[v] = sums[v] + deltas[v] * weight;
       }
-      for (int v = 0; v < vectors.count; ++v) {
-        finish(start + v * L::width, bases[v], divide ? sums[v] / divisor : sums[v]);
-      }
-    });
+      for (int v = 0; v < vectors; ++v) sums[v] = divide ? sums[v] / divisor : sums[v];
+      finish(at, bases, sums);
+    }
   } else {
     // Two short loops instead of one long: a chain of so many operations would keep the processor waiting for itself.
     constexpr int block = 16 * L::width;
     float sums[block], masses[block];
     for (int start = from; start < to; start += block) {
       const int end = start + block < to ? start + block : to;
-      in_steps(start, end, [&](int first, auto vectors) {
-        Ballot<L> ballots[vectors.count];
-        F bases[vectors.count];
-        for (int v = 0; v < vectors.count; ++v) bases[v] = base_at(first + v * L::width);
+      for (int at = start; at < end; at += line) {
+        Ballot<L> ballots[vectors];
+        F bases[vectors], deltas[vectors];
+        read_base(at, bases);
         for (int model = 0; model < models; ++model) {
           const F weight = L::set(call.parts[model].weight), mass = L::set(call.parts[model].mass);
-          for (int v = 0; v < vectors.count; ++v) {
-            const F delta = kept_delta(model, first + v * L::width, bases[v]);
-            vote<L, elect, by>(ballots[v], delta, delta * weight, mass);
-          }
+          kept_deltas(model, at, bases, deltas);
+          for (int v = 0; v < vectors; ++v) vote<L, elect, by>(ballots[v], deltas[v], deltas[v] * weight, mass);
         }
-        for (int v = 0; v < vectors.count; ++v) {
+        for (int v = 0; v < vectors; ++v) {
           F mass = divisor;
-          const int at = first + v * L::width - start;
-          L::store(sums + at, elected<L, by>(ballots[v], least_positive, mass));
-          if (by != Mass::DIVISOR) L::store(masses + at, mass);
+          const int place = at - start + v * L::width;
+          L::store(sums + place, elected<L, by>(ballots[v], least_positive, mass));
+          if (by != Mass::DIVISOR) L::store(masses + place, mass);
         }
-      });
-      for (int at = start; at < end; at += L::width) {
-        const F sum = L::load(sums + (at - start));
-        finish(at, base_at(at), by == Mass::DIVISOR ? sum / divisor : sum / L::load(masses + (at - start)));
+      }
+      for (int at = start; at < end; at += line) {
+        F bases[vectors], means[vectors];
+        read_base(at, bases);
+        for (int v = 0; v < vectors; ++v) {
+          const int place = at - start + v * L::width;
+          means[v] = L::load(sums + place) / (by == Mass::DIVISOR ? divisor : L::load(masses + place));
+        }
+        finish(at, bases, means);
       }
     }
   }
+  return largest_of(worst);
+}
 
-  uint32_t lanes[L::width], largest = 0;
-  L::store(lanes, worst);
-  for (const uint32_t lane : lanes) largest = lane > largest ? lane : largest;
-  return largest;
+// One model as it is: the bytes of whole lines, and the largest magnitude among them.
+template <DType dtype>
+uint32_t copy_run(const Call& call, int count) {
+  constexpr int size = dtype == DType::F32 ? 4 : 2, vectors = L::vectors<dtype>;
+  U worst = L::word(0);
+  for (int at = 0; at < count; at += vectors * L::width) {
+    const char* from = call.inputs[0] + at * size;
+    F line[vectors];
+    __builtin_prefetch(from + AHEAD);
+    L::read_line<dtype>(from, line);
+    for (int v = 0; v < vectors; ++v) worst = L::max(worst, L::magnitude(line[v]));
+    L::copy_line<dtype>(from, call.out + at * size, call.past_caches);
+  }
+  return largest_of(worst);
+}
+
+uint32_t copy_run(DType dtype, const Call& call, int count) {
+  switch (dtype) {
+    case DType::F32: return copy_run<DType::F32>(call, count);
+    case DType::F16: return copy_run<DType::F16>(call, count);
+    case DType::BF16: return copy_run<DType::BF16>(call, count);
+    case DType::U8: return INFINITE;
+  }
+  return INFINITE;
+}
+
+bool leaves_alone(const Tensor& tensor, const Sweep& sweep, const Part& part) {
+  return tensor.inputs == 1 && sweep.keep == 0 && sweep.elect == 0 && part.weight == 1.0f && part.rescale == 1.0f &&
+         (sweep.divisor == 1.0f || sweep.divisor == 0.0f) && sweep.lambda == 1.0f;
 }
 
 using Run = uint32_t (*)(const Call&, int, int);
@@ -202,10 +245,10 @@ Run run_of(DType dtype, bool has_base, bool same_dtype, const Sweep& sweep) {
   return run_of(stages * VOTES + vote, std::make_index_sequence<3 * 2 * 2 * 3 * VOTES>());
 }
 
-// Points at the chunk where it lies; or at widened copies where dtypes differ or a vector would read past the tensor.
+// Points at the chunk where it lies; or at widened copies where dtypes differ or a line would end past the tensor.
 // Returns whether it lies in place.
 bool point(const Tensor& tensor, int64_t begin, int count, Scratch& scratch) {
-  bool in_place = count % SUM_LANES == 0;
+  bool in_place = count % LINE == 0;
   for (int input = 1; input < tensor.inputs; ++input) in_place &= tensor.views[input].dtype == tensor.views[0].dtype;
   for (int input = 0; input < tensor.inputs; ++input) {
     float* copy = scratch.wide + input * CHUNK;
@@ -249,25 +292,39 @@ void draw(const Part& part, int64_t begin, int count, uint8_t* kept) {
   }
 }
 
-// Calls `run(from, to)` over the chunk in pieces within which each model's threshold is the same in every vector:
-// equals are kept below ties_end, so T before it, T + 1 after it, and a mixture in the vector where it falls.
-template <class Each>
+// Calls `run(from, to)` over the chunk in pieces within which each model's threshold is the same in every line: equals
+// are kept below ties_end, so T before it, T + 1 after it, and a mixture in the line where it falls.
+template <DType dtype, class Each>
 void each_threshold(const Part* parts, int models, int64_t begin, int count, uint32_t* thresholds, const Each& run) {
+  constexpr int vectors = L::vectors<dtype>, line = vectors * L::width;
   const int end = padded(count);
   for (int at = 0, until; at < end; at = until) {
     until = end;
     for (int model = 0; model < models; ++model) {
       const uint32_t magnitude = to_bits(parts[model].magnitude);
-      const int64_t ties = parts[model].ties_end - begin - at;  // equals in lanes below this stay
-      for (int lane = 0; lane < L::width; ++lane) {
-        thresholds[model * SUM_LANES + lane] = lane < ties ? magnitude : magnitude + 1;
+      const int64_t ties = parts[model].ties_end - begin - at;  // equals among elements below this stay
+      for (int v = 0; v < vectors; ++v) {
+        for (int lane = 0; lane < L::width; ++lane) {
+          thresholds[model * LINE + v * L::width + lane] = magnitude + (L::element<dtype>(v, lane) >= ties);
+        }
       }
       if (ties > 0 && ties < end - at) {
-        const int next = at + (ties < L::width ? L::width : static_cast<int>(ties) / L::width * L::width);
+        const int next = at + (ties < line ? line : static_cast<int>(ties) / line * line);
         until = next < until ? next : until;
       }
     }
     run(at, until);
+  }
+}
+
+template <class Each>
+void each_threshold(DType dtype, const Part* parts, int models, int64_t begin, int count, uint32_t* thresholds,
+                    const Each& run) {
+  switch (dtype) {
+    case DType::F32: return each_threshold<DType::F32>(parts, models, begin, count, thresholds, run);
+    case DType::F16: return each_threshold<DType::F16>(parts, models, begin, count, thresholds, run);
+    case DType::BF16: return each_threshold<DType::BF16>(parts, models, begin, count, thresholds, run);
+    case DType::U8: return;
   }
 }
 
@@ -292,18 +349,24 @@ void narrow(const float* from, int count, DType dtype, char* to) {
 }
 
 uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count, DType out_dtype,
-               char* out, Scratch& scratch) {
+               char* out, bool past_caches, Scratch& scratch) {
   const bool in_place = point(tensor, begin, count, scratch);
   const DType dtype = in_place ? dtype_of(tensor.views[0]) : DType::F32;
   const bool direct = in_place && dtype == out_dtype;
   const Run run = run_of(dtype, base_of(tensor) != nullptr, direct, sweep);
   bool rescaled = false;
   for (int model = 0; model < tensor.models; ++model) rescaled |= parts[model].rescale != 1.0f;
-  const Call call = {scratch.inputs,     tensor.models, &sweep,   parts,
-                     scratch.thresholds, scratch.kept,  rescaled, direct ? out : reinterpret_cast<char*>(scratch.out)};
+  char* to = direct ? out : reinterpret_cast<char*>(scratch.out);
+  const bool past = direct && past_caches && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const Call call = {scratch.inputs, tensor.models, &sweep, parts, scratch.thresholds,
+                     scratch.kept,   rescaled,      to,     past};
   uint32_t worst = 0;
+  if (direct && leaves_alone(tensor, sweep, *parts)) {
+    worst = copy_run(dtype, call, count);
+    if (worst < INFINITE) return worst;
+  }
   if (sweep.keep == static_cast<uint8_t>(Keep::ABOVE)) {
-    each_threshold(parts, tensor.models, begin, count, scratch.thresholds, [&](int from, int to) {
+    each_threshold(dtype, parts, tensor.models, begin, count, scratch.thresholds, [&](int from, int to) {
       const uint32_t here = run(call, from, to);
       worst = here > worst ? here : worst;
     });
@@ -319,27 +382,33 @@ uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int6
 
 // --- measures ---
 
-// float64 sums over SUM_LANES interleaved lanes, added up in one fixed order.
-template <class L>
+// A float64 sum over SUM_LANES interleaved lanes, which are added up in one fixed order; its D are in the order in
+// which lines of `dtype` come.
+template <DType dtype>
 struct Sum {
-  using F = typename L::F;
-  using D = typename L::D;
-  static constexpr int per_vector = L::width == 1 ? 1 : 2;
-  static constexpr int vectors = SUM_LANES / L::width;
-  D lanes[vectors * per_vector];
+  static constexpr int width = L::width == 1 ? 1 : L::width / 2;  // of a D
+  static constexpr int count = SUM_LANES / width;
+  static constexpr bool sorted = L::vectors<dtype> == 1 || L::element<dtype>(1, 0) != 1;
+  D parts[count];
 
   Sum() {
-    for (D& lane : lanes) lane = L::no_sum();
+    for (D& part : parts) part = L::no_sum();
+  }
+  // The part of half a vector, from the place of its line among the lanes.
+  static constexpr int part_of(int line, int vector, int half) {
+    const int first = (line + L::element<dtype>(vector, half * width)) % SUM_LANES;
+    return sorted ? first / width : first % 2 * (count / 2) + first / (2 * width);
   }
   // Products of float32 are exact in float64, so fused or not the bits are the same.
-  void add(int vector, F a, F b) {
-    D* lane = lanes + vector * per_vector;
-    lane[0] = L::multiply_add(L::low(a), L::low(b), lane[0]);
-    if constexpr (per_vector == 2) lane[1] = L::multiply_add(L::high(a), L::high(b), lane[1]);
-  }
+  void add(int part, D a, D b) { parts[part] = L::multiply_add(a, b, parts[part]); }
   double total() const {
-    double each[SUM_LANES];
-    for (int i = 0; i < vectors * per_vector; ++i) L::store(each + i * SUM_LANES / (vectors * per_vector), lanes[i]);
+    double each[SUM_LANES], stored[width];
+    for (int part = 0; part < count; ++part) {
+      L::store(stored, parts[part]);
+      for (int i = 0; i < width; ++i) {
+        each[sorted ? part * width + i : part / (count / 2) + 2 * (part % (count / 2) * width + i)] = stored[i];
+      }
+    }
     for (int step = SUM_LANES / 2; step > 0; step /= 2) {
       for (int lane = 0; lane < step; ++lane) each[lane] += each[lane + step];
     }
@@ -347,15 +416,84 @@ struct Sum {
   }
 };
 
-void gram(int models, int count, const Scratch& scratch, double* sums) {
+constexpr int HALVES = L::width == 1 ? 1 : 2;  // float64 lanes are half as many
+
+template <class L>
+typename L::D half_of(typename L::F value, int half) {
+  if constexpr (HALVES == 2) {
+    if (half == 1) return L::high(value);
+  }
+  return L::low(value);
+}
+
+// All inner products of a few models, in one read; what is not finite counts as 0.
+template <DType dtype, int models, bool has_base>
+void gram_run(const char* const* inputs, int count, double* sums) {
+  constexpr int size = dtype == DType::F32 ? 4 : 2, vectors = L::vectors<dtype>, line = vectors * L::width;
+  constexpr int step = line < SUM_LANES ? SUM_LANES : line;
+  const U largest = L::word(INFINITE - 1);
+  Sum<dtype> products[models * (models + 1) / 2];
+  for (int start = 0; start < count; start += step) {
+    for (int at = 0; at < step; at += line) {
+      F deltas[models][vectors], bases[vectors];
+      const int place = (start + at) * size;
+      if (has_base) L::read_line<dtype>(inputs[models] + place, bases);
+      for (int model = 0; model < models; ++model) {
+        __builtin_prefetch(inputs[model] + place + AHEAD);
+        L::read_line<dtype>(inputs[model] + place, deltas[model]);
+        for (int v = 0; v < vectors; ++v) {
+          if (has_base) deltas[model][v] = deltas[model][v] - bases[v];
+          deltas[model][v] = L::where(L::at_least(largest, L::magnitude(deltas[model][v])), deltas[model][v]);
+        }
+      }
+      for (int v = 0; v < vectors; ++v) {
+        for (int half = 0; half < HALVES; ++half) {
+          D wide[models];
+          for (int model = 0; model < models; ++model) wide[model] = half_of<L>(deltas[model][v], half);
+          Sum<dtype>* product = products;
+          for (int row = 0; row < models; ++row) {
+            for (int column = row; column < models; ++column) {
+              (product++)->add(Sum<dtype>::part_of(at, v, half), wide[row], wide[column]);
+            }
+          }
+        }
+      }
+    }
+  }
+  const Sum<dtype>* product = products;
+  for (int row = 0; row < models; ++row) {
+    for (int column = row; column < models; ++column) sums[row * models + column] += (product++)->total();
+  }
+}
+
+template <DType dtype, int models>
+void gram_run(const char* const* inputs, bool has_base, int count, double* sums) {
+  return has_base ? gram_run<dtype, models, true>(inputs, count, sums)
+                  : gram_run<dtype, models, false>(inputs, count, sums);
+}
+
+template <DType dtype>
+void gram_run(const char* const* inputs, int models, bool has_base, int count, double* sums) {
+  switch (models) {
+    case 1: return gram_run<dtype, 1>(inputs, has_base, count, sums);
+    case 2: return gram_run<dtype, 2>(inputs, has_base, count, sums);
+    case 3: return gram_run<dtype, 3>(inputs, has_base, count, sums);
+    case 4: return gram_run<dtype, 4>(inputs, has_base, count, sums);
+  }
+}
+
+// More models than registers: pair after pair, from float32 deltas that lie in the first cache.
+void gram_of_many(int models, int count, const Scratch& scratch, double* sums) {
   for (int row = 0; row < models; ++row) {
     for (int column = row; column < models; ++column) {
       const float *a = scratch.wide + row * CHUNK, *b = scratch.wide + column * CHUNK;
-      Sum<L> sum;
-      for (int at = 0; at < padded(count); at += SUM_LANES) {
-        for (int vector = 0; vector < Sum<L>::vectors; ++vector) {
-          const int from = at + vector * L::width;
-          sum.add(vector, L::load(a + from), L::load(b + from));
+      Sum<DType::F32> sum;
+      for (int start = 0; start < padded(count); start += SUM_LANES) {
+        for (int at = 0; at < SUM_LANES; at += L::width) {
+          const F x = L::load(a + start + at), y = L::load(b + start + at);
+          for (int half = 0; half < HALVES; ++half) {
+            sum.add(Sum<DType::F32>::part_of(at, 0, half), half_of<L>(x, half), half_of<L>(y, half));
+          }
         }
       }
       sums[row * models + column] += sum.total();
@@ -363,23 +501,41 @@ void gram(int models, int count, const Scratch& scratch, double* sums) {
   }
 }
 
+void gram(const Tensor& tensor, int64_t begin, int count, Scratch& scratch, double* sums) {
+  if (tensor.models > 4) {
+    deltas(tensor, begin, count, false, scratch);
+    return gram_of_many(tensor.models, count, scratch, sums);
+  }
+  const bool in_place = point(tensor, begin, count, scratch), has_base = base_of(tensor) != nullptr;
+  const int whole = padded(count);
+  switch (in_place ? dtype_of(tensor.views[0]) : DType::F32) {
+    case DType::F32: return gram_run<DType::F32>(scratch.inputs, tensor.models, has_base, whole, sums);
+    case DType::F16: return gram_run<DType::F16>(scratch.inputs, tensor.models, has_base, whole, sums);
+    case DType::BF16: return gram_run<DType::BF16>(scratch.inputs, tensor.models, has_base, whole, sums);
+    case DType::U8: return;
+  }
+}
+
 // Adds L1 and the square of L2, and takes the maximum of Linf, of `values` to sums[3].
 void add_norms(const float* values, int count, double* sums) {
-  Sum<L> l1, squares;
+  Sum<DType::F32> l1, squares;
   U largest = L::word(0);
-  for (int at = 0; at < padded(count); at += SUM_LANES) {
-    for (int vector = 0; vector < Sum<L>::vectors; ++vector) {
-      const F value = L::load(values + at + vector * L::width);
-      l1.add(vector, L::absolute(value), L::set(1.0f));
-      squares.add(vector, value, value);
+  for (int start = 0; start < padded(count); start += SUM_LANES) {
+    for (int at = 0; at < SUM_LANES; at += L::width) {
+      const F value = L::load(values + start + at);
+      for (int half = 0; half < HALVES; ++half) {
+        const int part = Sum<DType::F32>::part_of(at, 0, half);
+        const D wide = half_of<L>(value, half);
+        l1.add(part, half_of<L>(L::absolute(value), half), half_of<L>(L::set(1.0f), half));
+        squares.add(part, wide, wide);
+      }
       largest = L::max(largest, L::magnitude(value));
     }
   }
-  uint32_t lanes[L::width];
-  L::store(lanes, largest);
   sums[0] += l1.total();
   sums[1] += squares.total();
-  for (const uint32_t lane : lanes) sums[2] = from_bits(lane) > sums[2] ? from_bits(lane) : sums[2];
+  const double linf = from_bits(largest_of(largest));
+  sums[2] = linf > sums[2] ? linf : sums[2];
 }
 
 void norms(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count, Scratch& scratch,
@@ -388,7 +544,7 @@ void norms(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t 
     float* values = scratch.wide + model * CHUNK;
     add_norms(values, count, sums + model * 6);
     if (sweep.keep == static_cast<uint8_t>(Keep::ABOVE)) {
-      each_threshold(parts + model, 1, begin, count, scratch.thresholds, [&](int from, int to) {
+      each_threshold<DType::F32>(parts + model, 1, begin, count, scratch.thresholds, [&](int from, int to) {
         for (int at = from; at < to; at += L::width) {
           const F delta = L::load(values + at);
           L::store(values + at, L::where(L::at_least(L::magnitude(delta), L::load(scratch.thresholds)), delta));

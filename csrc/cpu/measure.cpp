@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t GRAIN = 64 * CHUNK;
 
-// For each grain of each tensor: widens its chunks, lets `measure(t, begin, count, scratch, sums)` add to `size(t)`
-// sums; then hands the sums over in order to `collect(t, sums)`.
+// For each chunk of each grain of each tensor: lets `measure(t, begin, count, scratch, sums)` add to the grain's
+// `size(t)` sums; then hands the sums over in order to `collect(t, sums)`.
 template <class Size, class Measure, class Collect>
 void by_grains(const std::vector<Tensor>& tensors, const Crew& crew, const Size& size, const Measure& measure,
                const Collect& collect) {
@@ -36,7 +36,6 @@ void by_grains(const std::vector<Tensor>& tensors, const Crew& crew, const Size&
     const int64_t end = std::min(grain.begin + GRAIN, tensor.elements);
     for (int64_t at = grain.begin; at < end; at += CHUNK) {
       const int count = static_cast<int>(std::min<int64_t>(CHUNK, end - at));
-      crew.kernels->deltas(tensor, at, count, false, scratch);
       measure(grain.tensor, at, count, scratch, sums.data() + grain.sums);
     }
     return bytes_read(tensor, end - grain.begin);
@@ -50,8 +49,8 @@ void gram(const std::vector<Tensor>& tensors, const std::vector<double*>& produc
   const auto models = [&](size_t t) { return static_cast<size_t>(tensors[t].models); };
   by_grains(
       tensors, crew, [&](size_t t) { return models(t) * models(t); },
-      [&](size_t t, int64_t, int count, Scratch& scratch, double* sums) {
-        crew.kernels->gram(tensors[t].models, count, scratch, sums);
+      [&](size_t t, int64_t begin, int count, Scratch& scratch, double* sums) {
+        crew.kernels->gram(tensors[t], begin, count, scratch, sums);
       },
       [&](size_t t, const double* sums) {
         for (size_t row = 0; row < models(t); ++row) {
@@ -69,6 +68,7 @@ void norms(const std::vector<Tensor>& tensors, const std::vector<const Sweep*>& 
   by_grains(
       tensors, crew, size,
       [&](size_t t, int64_t begin, int count, Scratch& scratch, double* here) {
+        crew.kernels->deltas(tensors[t], begin, count, false, scratch);
         crew.kernels->norms(tensors[t], *sweeps[t], parts[t], begin, count, scratch, here);
       },
       [&](size_t t, const double* here) {

@@ -1,6 +1,9 @@
 // The op `merge`: tiles of tensors through the sweep into a hot buffer, and from there to memory or to their place in a
 // file.
 #include <unistd.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <cerrno>
@@ -16,6 +19,8 @@ namespace {
 // Elements per tile, over all settings: half a megabyte of bf16 output, which stays in the second cache until it is
 // written.
 constexpr int64_t TILE = 128 * CHUNK;
+// Outputs in memory that are larger than this together go past the caches, which need not read what is overwritten.
+constexpr int64_t PAST_CACHES = 8 << 20;
 
 struct Tile {
   const Merge* merge;
@@ -90,7 +95,7 @@ void store(const float* from, int count, DType dtype, char* to) {
   }
 }
 
-int64_t sweep_tile(const Tile& tile, const Kernels& kernels, char* block) {
+int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, char* block) {
   const Merge& merge = *tile.merge;
   const Tensor& tensor = merge.tensor;
   if (dtype_of(tensor.views[0]) == DType::U8) {
@@ -110,7 +115,7 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, char* block) {
                                   : hot + setting * stride + (at - tile.begin) * size_of(dtype);
       const auto sweep = [&](DType to, char* place) {
         return kernels.merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at, count, to, place,
-                             scratch);
+                             past_caches && target.file < 0, scratch);
       };
       if (sweep(dtype, out) < overflow_bits(dtype)) continue;
       sweep(DType::F32, reinterpret_cast<char*>(scratch.out));
@@ -124,6 +129,9 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, char* block) {
     const int64_t size = size_of(static_cast<DType>(target.dtype));
     if (target.file >= 0) write_all(target, tile.begin * size, hot + setting * stride, (tile.end - tile.begin) * size);
   }
+#ifdef __SSE2__
+  if (past_caches) _mm_sfence();
+#endif
   return bytes_read(tensor, tile.end - tile.begin);
 }
 
@@ -132,7 +140,12 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, char* block) {
 void merge(const std::vector<Merge>& merges, const Crew& crew) {
   std::vector<Tile> tiles;
   size_t scratch_bytes = 0;
+  int64_t in_memory = 0;
   for (const Merge& merge : merges) {
+    for (int setting = 0; setting < merge.settings; ++setting) {
+      const Target& target = merge.targets[setting];
+      if (target.file < 0) in_memory += merge.tensor.elements * size_of(static_cast<DType>(target.dtype));
+    }
     const int64_t wanted = crew.tile > 0 ? crew.tile : TILE / merge.settings;
     const int64_t length = std::max<int64_t>((wanted + CHUNK - 1) / CHUNK, 1) * CHUNK;
     for (int64_t begin = 0; begin < merge.tensor.elements; begin += length) {
@@ -141,8 +154,9 @@ void merge(const std::vector<Merge>& merges, const Crew& crew) {
     const int64_t hot = std::min(length, merge.tensor.elements) * 4 * merge.settings + 64;
     scratch_bytes = std::max(scratch_bytes, Scratch::bytes(merge.tensor.inputs) + static_cast<size_t>(hot));
   }
+  const bool past_caches = in_memory > PAST_CACHES;
   parallel(static_cast<int64_t>(tiles.size()), crew.threads, scratch_bytes, crew.tick, [&](int64_t item, char* block) {
-    return sweep_tile(tiles[static_cast<size_t>(item)], *crew.kernels, block);
+    return sweep_tile(tiles[static_cast<size_t>(item)], *crew.kernels, past_caches, block);
   });
 }
 

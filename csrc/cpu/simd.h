@@ -4,6 +4,10 @@
 // float64 lanes, two of which cover an F; P holds 64-bit lanes, of which `product` multiplies the lower halves. Loads
 // and stores may be misaligned. A NaN is its own positive and negative part. `draws` are the 16-bit random pieces of
 // random.h, in the order of the elements.
+//
+// A line is the elements of one full vector load, `vectors<dtype>` F of floats. Those of BF16 are not in the order of
+// the elements, as the even ones are one shift away from float32 and the odd ones one mask: lane `lane` of F number
+// `vector` is element `element<dtype>(vector, lane)` of its line, and `in_order` sorts a line.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -53,13 +57,76 @@ struct Lanes {
     __m256i half;
     if constexpr (dtype == DType::F16) {
       half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
-    } else {  // AVX512-BF16 would flush denormals
-      const __m512i bits = _mm512_castps_si512(value);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-      half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+    } else {
+      half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(value), 16));
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+  }
+
+  template <DType dtype>
+  static constexpr int vectors = dtype == DType::F32 ? 1 : 2;
+  template <DType dtype>
+  static constexpr int element(int vector, int lane) {
+    return dtype == DType::BF16 ? 2 * lane + vector : vector * width + lane;
+  }
+  template <DType dtype>
+  static void read_line(const char* from, F* line) {
+    if constexpr (dtype == DType::BF16) {
+      const __m512i halves = _mm512_loadu_si512(from);
+      line[0] = _mm512_castsi512_ps(_mm512_slli_epi32(halves, 16));
+      line[1] = _mm512_castsi512_ps(_mm512_and_si512(halves, upper_halves()));
+    } else {
+      line[0] = read<dtype>(from);
+      if constexpr (dtype == DType::F16) line[1] = read<dtype>(from + 32);
+    }
+  }
+  // Past the caches where `past` is true: then `to` is a multiple of 64.
+  template <DType dtype>
+  static void write_line(char* to, const F* line, bool past) {
+    __m512i bits;
+    if constexpr (dtype == DType::F32) {
+      bits = _mm512_castps_si512(line[0]);
+    } else if constexpr (dtype == DType::F16) {
+      bits = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(line[0], _MM_FROUND_TO_NEAREST_INT)),
+                                _mm512_cvtps_ph(line[1], _MM_FROUND_TO_NEAREST_INT), 1);
+    } else {  // even | (odd & upper_halves)
+      bits = _mm512_ternarylogic_epi32(_mm512_srli_epi32(rounded(line[0]), 16), rounded(line[1]), upper_halves(), 0xf8);
+    }
+    if (past) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+    _mm512_storeu_si512(to, bits);
+  }
+  template <DType dtype>
+  static void copy_line(const char* from, char* to, bool past) {
+    const __m512i bits = _mm512_loadu_si512(from);
+    if (past) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+    _mm512_storeu_si512(to, bits);
+  }
+  template <DType dtype>
+  static void in_order(F* line) {
+    if constexpr (dtype != DType::BF16) return;
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const F even = line[0];
+    line[0] = _mm512_permutex2var_ps(even, low, line[1]);
+    line[1] = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), line[1]);
+  }
+  template <DType dtype>
+  static void mask_line(const uint8_t* kept, int at, M* masks) {
+    if constexpr (dtype == DType::F32) {
+      masks[0] = mask_at(kept, at);
+    } else {
+      uint32_t mask;
+      memcpy(&mask, kept + at / 8, sizeof mask);
+      constexpr uint32_t first = dtype == DType::BF16 ? 0x55555555 : 0x0000ffff;
+      masks[0] = static_cast<M>(_pext_u32(mask, first));
+      masks[1] = static_cast<M>(_pext_u32(mask, ~first));
+    }
+  }
+  static __m512i upper_halves() { return _mm512_set1_epi32(static_cast<int>(0xffff0000)); }
+  // Rounded to nearest even in the upper half; AVX512-BF16 would flush denormals.
+  static __m512i rounded(F value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   }
 
   static M ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
@@ -157,13 +224,78 @@ struct Lanes {
     if constexpr (dtype == DType::F16) {
       half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
     } else {
-      const __m256i bits = _mm256_castps_si256(value);
-      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-      const __m256i up =
-          _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+      const __m256i up = _mm256_srli_epi32(rounded(value), 16);
       half = _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+  }
+
+  template <DType dtype>
+  static constexpr int vectors = dtype == DType::F32 ? 1 : 2;
+  template <DType dtype>
+  static constexpr int element(int vector, int lane) {
+    return dtype == DType::BF16 ? 2 * lane + vector : vector * width + lane;
+  }
+  template <DType dtype>
+  static void read_line(const char* from, F* line) {
+    if constexpr (dtype == DType::BF16) {
+      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      line[0] = _mm256_castsi256_ps(_mm256_slli_epi32(halves, 16));
+      line[1] = _mm256_castsi256_ps(_mm256_and_si256(halves, upper_halves()));
+    } else {
+      line[0] = read<dtype>(from);
+      if constexpr (dtype == DType::F16) line[1] = read<dtype>(from + 16);
+    }
+  }
+  // Past the caches where `past` is true: then `to` is a multiple of 32.
+  template <DType dtype>
+  static void write_line(char* to, const F* line, bool past) {
+    __m256i bits;
+    if constexpr (dtype == DType::F32) {
+      bits = _mm256_castps_si256(line[0]);
+    } else if constexpr (dtype == DType::F16) {
+      bits = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm256_cvtps_ph(line[0], _MM_FROUND_TO_NEAREST_INT)),
+                                     _mm256_cvtps_ph(line[1], _MM_FROUND_TO_NEAREST_INT), 1);
+    } else {
+      const __m256i odd = _mm256_and_si256(rounded(line[1]), upper_halves());
+      bits = _mm256_or_si256(_mm256_srli_epi32(rounded(line[0]), 16), odd);
+    }
+    if (past) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  }
+  template <DType dtype>
+  static void copy_line(const char* from, char* to, bool past) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if (past) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  }
+  template <DType dtype>
+  static void in_order(F* line) {
+    if constexpr (dtype != DType::BF16) return;
+    const F low = _mm256_unpacklo_ps(line[0], line[1]), high = _mm256_unpackhi_ps(line[0], line[1]);
+    line[0] = _mm256_permute2f128_ps(low, high, 0x20);
+    line[1] = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  template <DType dtype>
+  static void mask_line(const uint8_t* kept, int at, M* masks) {
+    masks[0] = mask_at(kept, at);
+    if constexpr (dtype == DType::F16) masks[1] = mask_at(kept, at + width);
+    if constexpr (dtype == DType::BF16) {
+      uint16_t mask;
+      memcpy(&mask, kept + at / 8, sizeof mask);
+      const __m256i bit = _mm256_setr_epi32(1 << 0, 1 << 2, 1 << 4, 1 << 6, 1 << 8, 1 << 10, 1 << 12, 1 << 14);
+      for (int vector = 0; vector < 2; ++vector) {
+        const __m256i chosen = _mm256_and_si256(_mm256_set1_epi32(mask >> vector), bit);
+        masks[vector] = {_mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, bit))};
+      }
+    }
+  }
+  static __m256i upper_halves() { return _mm256_set1_epi32(static_cast<int>(0xffff0000)); }
+  // Rounded to nearest even in the upper half.
+  static __m256i rounded(F value) {
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   }
 
   static M ge(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_GE_OQ)}; }
@@ -269,12 +401,68 @@ struct Lanes {
       if constexpr (dtype == DType::F16) {
         half = vreinterpret_u16_f16(vcvt_f16_f32(value));
       } else {
-        const uint32x4_t word = vreinterpretq_u32_f32(value);
-        const uint32x4_t odd = vandq_u32(vshrq_n_u32(word, 16), vdupq_n_u32(1));
-        half = vshrn_n_u32(vaddq_u32(vaddq_u32(word, vdupq_n_u32(0x7fff)), odd), 16);
+        half = vshrn_n_u32(rounded(value), 16);
       }
       vst1_u8(reinterpret_cast<uint8_t*>(to), vreinterpret_u8_u16(half));
     }
+  }
+
+  template <DType dtype>
+  static constexpr int vectors = dtype == DType::F32 ? 1 : 2;
+  template <DType dtype>
+  static constexpr int element(int vector, int lane) {
+    return dtype == DType::BF16 ? 2 * lane + vector : vector * width + lane;
+  }
+  template <DType dtype>
+  static void read_line(const char* from, F* line) {
+    if constexpr (dtype == DType::BF16) {
+      const uint32x4_t halves = vreinterpretq_u32_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(from)));
+      line[0] = vreinterpretq_f32_u32(vshlq_n_u32(halves, 16));
+      line[1] = vreinterpretq_f32_u32(vandq_u32(halves, vdupq_n_u32(0xffff0000)));
+    } else {
+      line[0] = read<dtype>(from);
+      if constexpr (dtype == DType::F16) line[1] = read<dtype>(from + 8);
+    }
+  }
+  template <DType dtype>
+  static void write_line(char* to, const F* line, bool) {
+    if constexpr (dtype == DType::BF16) {
+      const uint32x4_t odd = vandq_u32(rounded(line[1]), vdupq_n_u32(0xffff0000));
+      const uint32x4_t bits = vorrq_u32(vshrq_n_u32(rounded(line[0]), 16), odd);
+      vst1q_u8(reinterpret_cast<uint8_t*>(to), vreinterpretq_u8_u32(bits));
+    } else {
+      write<dtype>(to, line[0]);
+      if constexpr (dtype == DType::F16) write<dtype>(to + 8, line[1]);
+    }
+  }
+  template <DType dtype>
+  static void copy_line(const char* from, char* to, bool) {
+    vst1q_u8(reinterpret_cast<uint8_t*>(to), vld1q_u8(reinterpret_cast<const uint8_t*>(from)));
+  }
+  template <DType dtype>
+  static void in_order(F* line) {
+    if constexpr (dtype != DType::BF16) return;
+    const F even = line[0];
+    line[0] = vzip1q_f32(even, line[1]);
+    line[1] = vzip2q_f32(even, line[1]);
+  }
+  template <DType dtype>
+  static void mask_line(const uint8_t* kept, int at, M* masks) {
+    if constexpr (dtype == DType::F32) {
+      masks[0] = mask_at(kept, at);
+    } else {
+      const uint32_t even[4] = {1, 4, 16, 64}, odd[4] = {2, 8, 32, 128}, low[4] = {1, 2, 4, 8},
+                     high[4] = {16, 32, 64, 128};
+      const uint32x4_t byte = vdupq_n_u32(kept[at / 8]);
+      masks[0] = {vtstq_u32(byte, vld1q_u32(dtype == DType::BF16 ? even : low))};
+      masks[1] = {vtstq_u32(byte, vld1q_u32(dtype == DType::BF16 ? odd : high))};
+    }
+  }
+  // Rounded to nearest even in the upper half.
+  static uint32x4_t rounded(F value) {
+    const uint32x4_t word = vreinterpretq_u32_f32(value);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(word, 16), vdupq_n_u32(1));
+    return vaddq_u32(vaddq_u32(word, vdupq_n_u32(0x7fff)), odd);
   }
 
   static M ge(F a, F b) { return {vcgeq_f32(a, b)}; }
@@ -367,6 +555,31 @@ struct Lanes {
       const uint16_t half = dtype == DType::F16 ? to_f16(value) : to_bf16(value);
       memcpy(to, &half, sizeof half);
     }
+  }
+
+  template <DType dtype>
+  static constexpr int vectors = 1;
+  template <DType dtype>
+  static constexpr int element(int, int) {
+    return 0;
+  }
+  template <DType dtype>
+  static void read_line(const char* from, F* line) {
+    *line = read<dtype>(from);
+  }
+  template <DType dtype>
+  static void write_line(char* to, const F* line, bool) {
+    write<dtype>(to, *line);
+  }
+  template <DType dtype>
+  static void copy_line(const char* from, char* to, bool) {
+    memcpy(to, from, dtype == DType::F32 ? 4 : 2);
+  }
+  template <DType dtype>
+  static void in_order(F*) {}
+  template <DType dtype>
+  static void mask_line(const uint8_t* kept, int at, M* masks) {
+    *masks = mask_at(kept, at);
   }
 
   static M ge(F a, F b) { return a >= b; }
