@@ -62,34 +62,84 @@ py::dict instruction_sets() {
   return sets;
 }
 
+// The merges of an op, and the arrays that they fill in.
+struct Merges {
+  Merges(const Records<Row>& rows, const Records<View>& views, const Records<Sweep>& sweeps, const Records<Part>& parts,
+         const Records<Target>& targets)
+      : nonfinite(views.size()), first(views.size()), overflow(targets.size()) {
+    std::fill_n(nonfinite.mutable_data(), views.size(), 0);
+    std::fill_n(first.mutable_data(), views.size(), -1);
+    std::fill_n(overflow.mutable_data(), targets.size(), 0);
+    const std::vector<Tensor> tensors = tensors_of(rows, views);
+    size_t view = 0, setting = 0, part = 0;
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      const auto settings = static_cast<size_t>(at(rows, t)->settings);
+      all.push_back({tensors[t], static_cast<int>(settings), at(sweeps, setting), at(parts, part), at(targets, setting),
+                     nonfinite.mutable_data() + view, first.mutable_data() + view, overflow.mutable_data() + setting});
+      view += static_cast<size_t>(tensors[t].inputs);
+      setting += settings;
+      part += settings * static_cast<size_t>(tensors[t].models);
+    }
+    if (setting != static_cast<size_t>(targets.size()) || part != static_cast<size_t>(parts.size())) {
+      throw std::invalid_argument("sweeps, parts and targets do not match the tensors");
+    }
+  }
+
+  std::vector<Merge> all;
+  py::array_t<int64_t> nonfinite, first, overflow;
+};
+
+// What is kept of each model of each tensor or group: ranks in, cuts out.
+struct Cuts {
+  template <class Models>
+  Cuts(const Records<int64_t>& ranks, size_t count, const Models& models_of) : all(static_cast<size_t>(ranks.size())) {
+    size_t model = 0;
+    for (size_t i = 0; i < count; ++i) {
+      wanted.push_back(at(ranks, model));
+      starts.push_back(all.data() + model);
+      model += static_cast<size_t>(models_of(i));
+    }
+    if (model != all.size()) throw std::invalid_argument("ranks do not match the tensors");
+  }
+  py::array_t<float> magnitudes() const {
+    py::array_t<float> values(static_cast<py::ssize_t>(all.size()));
+    for (size_t i = 0; i < all.size(); ++i) values.mutable_data()[i] = all[i].magnitude;
+    return values;
+  }
+  py::array_t<int64_t> ends() const {
+    py::array_t<int64_t> values(static_cast<py::ssize_t>(all.size()));
+    for (size_t i = 0; i < all.size(); ++i) values.mutable_data()[i] = all[i].ties_end;
+    return values;
+  }
+
+  std::vector<Cut> all;
+  std::vector<const int64_t*> wanted;
+  std::vector<Cut*> starts;
+};
+
 py::tuple py_merge(const Records<Row>& rows, const Records<View>& views, const Records<Sweep>& sweeps,
                    const Records<Part>& parts, const Records<Target>& targets, const std::string& isa, int threads,
                    int64_t tile, const py::object& tick) {
-  const std::vector<Tensor> tensors = tensors_of(rows, views);
-  py::array_t<int64_t> nonfinite(views.size()), first(views.size()), overflow(targets.size());
-  std::fill_n(nonfinite.mutable_data(), views.size(), 0);
-  std::fill_n(first.mutable_data(), views.size(), -1);
-  std::fill_n(overflow.mutable_data(), targets.size(), 0);
-  std::vector<Merge> merges;
-  size_t view = 0, setting = 0, part = 0;
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    const auto settings = static_cast<size_t>(at(rows, t)->settings);
-    merges.push_back({tensors[t], static_cast<int>(settings), at(sweeps, setting), at(parts, part),
-                      at(targets, setting), nonfinite.mutable_data() + view, first.mutable_data() + view,
-                      overflow.mutable_data() + setting});
-    view += static_cast<size_t>(tensors[t].inputs);
-    setting += settings;
-    part += settings * static_cast<size_t>(tensors[t].models);
-  }
-  if (setting != static_cast<size_t>(targets.size()) || part != static_cast<size_t>(parts.size())) {
-    throw std::invalid_argument("sweeps, parts and targets do not match the tensors");
-  }
+  Merges merges(rows, views, sweeps, parts, targets);
   const Crew crew = crew_of(isa, threads, tile, tick);
   {
     const py::gil_scoped_release release;
-    merge(merges, crew);
+    merge(merges.all, crew);
   }
-  return py::make_tuple(nonfinite, first, overflow);
+  return py::make_tuple(merges.nonfinite, merges.first, merges.overflow);
+}
+
+py::tuple py_merge_ranked(const Records<Row>& rows, const Records<View>& views, const Records<Sweep>& sweeps,
+                          const Records<Part>& parts, const Records<int64_t>& ranks, const Records<Target>& targets,
+                          const std::string& isa, int threads, int64_t tile, const py::object& tick) {
+  Merges merges(rows, views, sweeps, parts, targets);
+  Cuts cuts(ranks, merges.all.size(), [&](size_t t) { return merges.all[t].tensor.models; });
+  const Crew crew = crew_of(isa, threads, tile, tick);
+  {
+    const py::gil_scoped_release release;
+    merge_ranked(merges.all, cuts.wanted, cuts.starts, crew);
+  }
+  return py::make_tuple(merges.nonfinite, merges.first, merges.overflow, cuts.magnitudes(), cuts.ends());
 }
 
 py::array_t<double> py_gram(const Records<Row>& rows, const Records<View>& views, const std::string& isa, int threads,
@@ -141,28 +191,13 @@ py::tuple py_threshold(const Records<Row>& rows, const Records<View>& views, con
     if (t == 0 || at(rows, t)->group != at(rows, t - 1)->group) groups.emplace_back();
     groups.back().push_back(tensors[t]);
   }
-  std::vector<Cut> cuts(static_cast<size_t>(ranks.size()));
-  std::vector<const int64_t*> wanted;
-  std::vector<Cut*> starts;
-  size_t model = 0;
-  for (const Group& group : groups) {
-    wanted.push_back(at(ranks, model));
-    starts.push_back(cuts.data() + model);
-    model += static_cast<size_t>(group.front().models);
-  }
-  if (model != cuts.size()) throw std::invalid_argument("ranks do not match the groups");
+  Cuts cuts(ranks, groups.size(), [&](size_t g) { return groups[g].front().models; });
   const Crew crew = crew_of(isa, threads, 0, tick);
   {
     const py::gil_scoped_release release;
-    threshold(groups, wanted, starts, crew);
+    threshold(groups, cuts.wanted, cuts.starts, crew);
   }
-  py::array_t<float> magnitudes(static_cast<py::ssize_t>(cuts.size()));
-  py::array_t<int64_t> ends(static_cast<py::ssize_t>(cuts.size()));
-  for (size_t i = 0; i < cuts.size(); ++i) {
-    magnitudes.mutable_data()[i] = cuts[i].magnitude;
-    ends.mutable_data()[i] = cuts[i].ties_end;
-  }
-  return py::make_tuple(magnitudes, ends);
+  return py::make_tuple(cuts.magnitudes(), cuts.ends());
 }
 
 }  // namespace
@@ -198,6 +233,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("instruction_sets", &instruction_sets,
              "Instruction sets of this build, best first; None or why not here.");
   module.def("merge", &py_merge);
+  module.def("merge_ranked", &py_merge_ranked);
   module.def("gram", &py_gram);
   module.def("norms", &py_norms);
   module.def("threshold", &py_threshold);

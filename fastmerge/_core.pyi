@@ -28,6 +28,19 @@ def merge(
     tick: _Tick,
     /,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+def merge_ranked(
+    rows: _Records,
+    views: _Records,
+    sweeps: _Records,
+    parts: _Records,
+    ranks: NDArray[np.int64],
+    targets: _Records,
+    isa: str,
+    threads: int,
+    tile: int,
+    tick: _Tick,
+    /,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]: ...
 def gram(rows: _Records, views: _Records, isa: str, threads: int, tick: _Tick, /) -> NDArray[np.float64]: ...
 def norms(
     rows: _Records, views: _Records, sweeps: _Records, parts: _Records, isa: str, threads: int, tick: _Tick, /

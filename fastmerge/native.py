@@ -109,7 +109,7 @@ def merge(
     """
     rows = _records.rows(tensors, settings=[len(each) for each in sweeps])
     with _cut_inputs():
-        nonfinite, first, overflow = _core.merge(
+        found = _core.merge(
             rows,
             _records.views(tensors),
             _records.sweeps(sweeps),
@@ -120,6 +120,42 @@ def merge(
             run.tile,
             run.tick,
         )
+    return _found(rows, *found)
+
+
+def merge_ranked(
+    tensors: Sequence[Inputs],
+    sweeps: Sequence[Sequence[Sweep]],
+    ranks: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[Target]],
+    run: Run,
+) -> tuple[list[tuple[Cut, ...]], list[Found]]:
+    """`threshold` of each tensor alone, then `merge` with its cuts in the parts of its sweeps, which keep ABOVE.
+
+    Large tensors whose deltas are discrete, as those of 16-bit weights, are read once; a tick counts as of two reads.
+    """
+    rows = _records.rows(tensors, settings=[len(each) for each in sweeps])
+    tick = run.tick
+    with _cut_inputs():
+        *found, magnitudes, ends = _core.merge_ranked(
+            rows,
+            _records.views(tensors),
+            _records.sweeps(sweeps),
+            _records.parts(sweeps),
+            np.fromiter(chain.from_iterable(ranks), np.int64),
+            _records.targets(targets),
+            isa(),
+            run.threads,
+            run.tile,
+            tick and (lambda read: tick(2 * read)),
+        )
+    cuts = iter(map(Cut, magnitudes.tolist(), ends.tolist()))
+    return [tuple(next(cuts) for _ in wanted) for wanted in ranks], _found(rows, *found)
+
+
+def _found(
+    rows: NDArray[np.void], nonfinite: NDArray[np.int64], first: NDArray[np.int64], overflow: NDArray[np.int64]
+) -> list[Found]:
     inputs, outputs = rows["inputs"].tolist(), rows["settings"].tolist()
     return [
         Found(tuple(a.tolist()), tuple(b.tolist()), tuple(c.tolist()))

@@ -26,10 +26,11 @@ struct Scratch {
   float* out;            // CHUNK
   uint32_t* thresholds;  // inputs x LINE
   uint8_t* kept;         // inputs x CHUNK / 8
+  uint32_t* counts;      // inputs x 2
 
   static size_t bytes(int inputs) {
-    return static_cast<size_t>(inputs) * (sizeof(char*) + CHUNK * sizeof(float) + LINE * 4 + CHUNK / 8) +
-           CHUNK * sizeof(float) + 5 * 64;
+    return static_cast<size_t>(inputs) * (sizeof(char*) + CHUNK * sizeof(float) + LINE * 4 + CHUNK / 8 + 8) +
+           CHUNK * sizeof(float) + 6 * 64;
   }
   Scratch(char* block, int inputs) {
     const auto take = [&block](size_t bytes) {
@@ -42,6 +43,7 @@ struct Scratch {
     out = reinterpret_cast<float*>(take(CHUNK * sizeof(float)));
     thresholds = reinterpret_cast<uint32_t*>(take(n * LINE * 4));
     kept = reinterpret_cast<uint8_t*>(take(n * CHUNK / 8));
+    counts = reinterpret_cast<uint32_t*>(take(n * 8));
     this->inputs = reinterpret_cast<const char**>(take(n * sizeof(char*)));
   }
 };
@@ -68,9 +70,10 @@ struct Kernels {
 
   // One sweep over `count` elements from `begin` (a multiple of CHUNK) into out[count]. Returns the largest magnitude,
   // as bits, among the outputs and those deltas that might not reach them: below 0x7f800000 where all is finite.
-  // `past_caches`: nobody reads the output soon.
+  // `past_caches`: nobody reads the output soon. `counts` (with Keep::ABOVE, or nullptr): [models][2], how many
+  // elements lie above each model's magnitude and how many equal it, right where all is finite.
   uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, DType out_dtype, char* out,
-                    bool past_caches, Scratch&);
+                    bool past_caches, uint16_t* counts, Scratch&);
 
   // Deltas (weights without a base) as float32 into scratch.wide[model][count], padded with zeros to 16. A NaN becomes
   // 0 there, and so does Inf unless `infinite_too`: one bad element must not decide about the others.

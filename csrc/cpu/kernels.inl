@@ -73,11 +73,16 @@ struct Call {
   bool rescaled;  // some part's rescale is not 1
   char* out;
   bool past_caches;  // `out` is not read soon, and starts a line
+  uint32_t* counts;  // [models][2] or nullptr: of elements above each part's magnitude and equal to it
 };
 
 // Lines are asked for so many bytes before they are read: the processor's own guesses end with a page, and a chunk of
 // 16-bit elements is one.
 constexpr int AHEAD = 2048;
+
+uint32_t count_of(M mask) {
+  return static_cast<uint32_t>(__builtin_popcount(L::bits(mask)));
+}
 
 uint32_t largest_of(U magnitudes) {
   uint32_t lanes[L::width], largest = 0;
@@ -120,7 +125,14 @@ uint32_t sweep_run(const Call& call, int from, int to) {
       if (may_hide) worst = L::max(worst, L::magnitude(deltas[v]));
       if constexpr (keep == Keep::ABOVE) {
         const U threshold = L::load(call.thresholds + model * LINE + v * L::width);
-        masks[v] = L::at_least(L::magnitude(deltas[v]), threshold);
+        const U magnitude = L::magnitude(deltas[v]);
+        masks[v] = L::at_least(magnitude, threshold);
+        if (call.counts) {
+          const U cut = L::word(to_bits(call.parts[model].magnitude));
+          const uint32_t not_below = count_of(L::at_least(magnitude, cut)), equal = count_of(L::equal(magnitude, cut));
+          call.counts[model * 2] += not_below - equal;
+          call.counts[model * 2 + 1] += equal;
+        }
       }
       if constexpr (keep != Keep::ALL) deltas[v] = L::where(masks[v], deltas[v]);
       if (rescaled) deltas[v] = deltas[v] * L::set(call.parts[model].rescale);
@@ -349,7 +361,7 @@ void narrow(const float* from, int count, DType dtype, char* to) {
 }
 
 uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count, DType out_dtype,
-               char* out, bool past_caches, Scratch& scratch) {
+               char* out, bool past_caches, uint16_t* counts, Scratch& scratch) {
   const bool in_place = point(tensor, begin, count, scratch);
   const DType dtype = in_place ? dtype_of(tensor.views[0]) : DType::F32;
   const bool direct = in_place && dtype == out_dtype;
@@ -358,8 +370,10 @@ uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int6
   for (int model = 0; model < tensor.models; ++model) rescaled |= parts[model].rescale != 1.0f;
   char* to = direct ? out : reinterpret_cast<char*>(scratch.out);
   const bool past = direct && past_caches && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  uint32_t* sums = counts ? scratch.counts : nullptr;
+  memset(scratch.counts, 0, static_cast<size_t>(tensor.models) * 8);
   const Call call = {scratch.inputs, tensor.models, &sweep, parts, scratch.thresholds,
-                     scratch.kept,   rescaled,      to,     past};
+                     scratch.kept,   rescaled,      to,     past,  sums};
   uint32_t worst = 0;
   if (direct && leaves_alone(tensor, sweep, *parts)) {
     worst = copy_run(dtype, call, count);
@@ -377,6 +391,10 @@ uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int6
     worst = run(call, 0, padded(count));
   }
   if (!direct) narrow(scratch.out, count, out_dtype, out);
+  for (int i = 0; counts && i < tensor.models * 2; ++i) {
+    const bool padding_is_equal = i % 2 == 1 && parts[i / 2].magnitude == 0.0f;
+    counts[i] = static_cast<uint16_t>(sums[i] - static_cast<uint32_t>(padding_is_equal ? padded(count) - count : 0));
+  }
   return worst;
 }
 

@@ -11,7 +11,7 @@
 #include <mutex>
 #include <system_error>
 
-#include "ops.h"
+#include "tiles.h"
 
 namespace fastmerge {
 namespace {
@@ -21,11 +21,6 @@ namespace {
 constexpr int64_t TILE = 128 * CHUNK;
 // Outputs in memory that are larger than this together go past the caches, which need not read what is overwritten.
 constexpr int64_t PAST_CACHES = 8 << 20;
-
-struct Tile {
-  const Merge* merge;
-  int64_t begin, end;
-};
 
 void write_all(const Target& target, int64_t at_byte, const char* from, int64_t bytes) {
   if (target.file < 0) {
@@ -108,6 +103,7 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, c
   for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
     const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
     bool looked = false;
+    uint16_t* counts = tile.counts ? tile.counts->each.data() + at / CHUNK * tensor.models * 2 : nullptr;
     for (int setting = 0; setting < merge.settings; ++setting) {
       const Target& target = merge.targets[setting];
       const auto dtype = static_cast<DType>(target.dtype);
@@ -115,9 +111,13 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, c
                                   : hot + setting * stride + (at - tile.begin) * size_of(dtype);
       const auto sweep = [&](DType to, char* place) {
         return kernels.merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at, count, to, place,
-                             past_caches && target.file < 0, scratch);
+                             past_caches && target.file < 0, setting == 0 ? counts : nullptr, scratch);
       };
       if (sweep(dtype, out) < overflow_bits(dtype)) continue;
+      if (tile.counts) {
+        tile.counts->odd = true;
+        continue;
+      }
       sweep(DType::F32, reinterpret_cast<char*>(scratch.out));
       look(merge, setting, !looked, at, count, scratch.out);
       store(scratch.out, count, dtype, out);
@@ -137,27 +137,36 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, c
 
 }  // namespace
 
-void merge(const std::vector<Merge>& merges, const Crew& crew) {
-  std::vector<Tile> tiles;
+void cover(const Merge& merge, int64_t begin, int64_t end, const Crew& crew, Counts* counts, std::vector<Tile>& tiles) {
+  if (merge.settings == 0) return;
+  const int64_t wanted = crew.tile > 0 ? crew.tile : TILE / merge.settings;
+  const int64_t length = std::max<int64_t>((wanted + CHUNK - 1) / CHUNK, 1) * CHUNK;
+  for (; begin < end; begin += length) tiles.push_back({&merge, begin, std::min(begin + length, end), counts});
+}
+
+void sweep(const std::vector<Tile>& tiles, const Crew& crew) {
   size_t scratch_bytes = 0;
   int64_t in_memory = 0;
-  for (const Merge& merge : merges) {
+  for (const Tile& tile : tiles) {
+    const Merge& merge = *tile.merge;
+    const int64_t elements = tile.end - tile.begin;
     for (int setting = 0; setting < merge.settings; ++setting) {
       const Target& target = merge.targets[setting];
-      if (target.file < 0) in_memory += merge.tensor.elements * size_of(static_cast<DType>(target.dtype));
+      if (target.file < 0) in_memory += elements * size_of(static_cast<DType>(target.dtype));
     }
-    const int64_t wanted = crew.tile > 0 ? crew.tile : TILE / merge.settings;
-    const int64_t length = std::max<int64_t>((wanted + CHUNK - 1) / CHUNK, 1) * CHUNK;
-    for (int64_t begin = 0; begin < merge.tensor.elements; begin += length) {
-      tiles.push_back({&merge, begin, std::min(begin + length, merge.tensor.elements)});
-    }
-    const int64_t hot = std::min(length, merge.tensor.elements) * 4 * merge.settings + 64;
-    scratch_bytes = std::max(scratch_bytes, Scratch::bytes(merge.tensor.inputs) + static_cast<size_t>(hot));
+    const size_t hot = static_cast<size_t>(elements * 4 * merge.settings + 64);
+    scratch_bytes = std::max(scratch_bytes, Scratch::bytes(merge.tensor.inputs) + hot);
   }
   const bool past_caches = in_memory > PAST_CACHES;
   parallel(static_cast<int64_t>(tiles.size()), crew.threads, scratch_bytes, crew.tick, [&](int64_t item, char* block) {
     return sweep_tile(tiles[static_cast<size_t>(item)], *crew.kernels, past_caches, block);
   });
+}
+
+void merge(const std::vector<Merge>& merges, const Crew& crew) {
+  std::vector<Tile> tiles;
+  for (const Merge& merge : merges) cover(merge, 0, merge.tensor.elements, crew, nullptr, tiles);
+  sweep(tiles, crew);
 }
 
 }  // namespace fastmerge

@@ -49,4 +49,9 @@ using Group = std::vector<Tensor>;
 void threshold(const std::vector<Group>& groups, const std::vector<const int64_t*>& ranks,
                const std::vector<Cut*>& cuts, const Crew& crew);
 
+// The op `threshold` of each tensor alone, then `merge` with those cuts in the parts of each of its settings, all of
+// which keep ABOVE. The parts that come are read for what else they say. One read of large tensors in nearly all cases.
+void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int64_t*>& ranks,
+                  const std::vector<Cut*>& cuts, const Crew& crew);
+
 }  // namespace fastmerge

@@ -146,13 +146,13 @@ void bracket(Search& search, uint32_t* samples, int64_t count, int64_t elements)
   guess(search.tally, samples + first, samples + last + 1);
 }
 
-// Small groups are looked at whole; of others one element in sixteen at the most, in runs evenly apart.
+// Small groups are looked at whole; of others one element in 64 at the most, in runs evenly apart.
 void sample(const Group& group, const Kernels& kernels, Desk& desk, char* block, int64_t elements) {
   const Tensor& like = group.front();
   Scratch scratch(block, like.inputs);
   const bool whole = elements <= SAMPLES;
   const int64_t run = whole ? CHUNK : RUN;
-  const int64_t stride = whole ? CHUNK : std::max<int64_t>(16 * RUN, elements / RUNS);
+  const int64_t stride = whole ? CHUNK : std::max<int64_t>(64 * RUN, elements / RUNS);
   int64_t taken = 0, next = 0, start = 0;
   for (const Tensor& tensor : group) {
     if (whole) next = start;
