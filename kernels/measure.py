@@ -1,84 +1,129 @@
-"""The measured sums, inner products and norms: float64 per block of elements, added up in the order of the blocks.
+"""The measured sums, inner products and norms: float64 per program and in the order of the programs.
 
     gram[i, j] = sum_e d_i[e] * d_j[e]
     norms[i]   = (sum |d_i|, sqrt(sum d_i^2), max |d_i|), before and after `keep`
 
 d_i is model - base, or the model, in float32; what is not finite counts as 0. Inputs [elements] of float32, float16 or
-bfloat16, each read once; M * (M + 1) / 2 or 6 * M float64 are written per block. Tiles are fixed, so that no sum
-depends on how the op runs.
+bfloat16, each read once; M * (M + 1) / 2 or 6 * M float64 are written per program. What a program takes is fixed, so
+that no sum depends on what else is measured beside it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..sweep import Inputs, Run, Sweep
-from .stages import WARPS, WHOLES, block_of, keep, load, magnitude_bits, tables
-from .staging import tiles
+from .device import on
+from .stages import (
+    ADDRESSES,
+    BEGIN,
+    LANE,
+    PART,
+    WARPS,
+    block_of,
+    deltas_of,
+    inside_of,
+    keep,
+    magnitude_bits,
+    work_of,
+)
+from .tables import PLAINLY, Piece, Table, dtypes_of, launches, row, setting
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span"])
 def gram_kernel(
-    inputs,  # models, then the base where there is one
-    sums,  # float64 [blocks, pairs], the upper triangle row by row
-    count,
-    models: tl.constexpr,
+    words,  # a table: models, then the base where there is one
+    sums,  # float64 [programs, pairs], the upper triangle row by row
+    span,
+    dtypes: tl.constexpr,
     has_base: tl.constexpr,
+    aligned: tl.constexpr,
     block: tl.constexpr,
 ):
-    place = tl.program_id(0) * block + tl.arange(0, block)
-    inside = place < count
-    sums += tl.program_id(0) * (models * (models + 1) // 2)
-    base = load(inputs[models], place, inside) if has_base else tl.zeros((block,), tl.float32)
-    deltas = ()
-    for m in tl.static_range(models):
-        delta = load(inputs[m], place, inside)
-        if has_base:
-            delta = delta - base
-        deltas = deltas + (_finite(delta).to(tl.float64),)  # noqa: RUF005  the compiler knows tuples by their sum
-    for i in tl.static_range(models):
-        for j in tl.static_range(i, models):
-            tl.store(sums + (i * (2 * models - i - 1) // 2 + j), tl.sum(deltas[i] * deltas[j], axis=0))
+    models: tl.constexpr = len(dtypes) - has_base
+    pairs: tl.constexpr = models * (models + 1) // 2
+    row, first, last = work_of(words, span, block)
+    place = tl.arange(0, block)
+    totals = ()
+    for _each in tl.static_range(pairs):
+        totals = totals + (tl.zeros((block // LANE,), tl.float64),)  # noqa: RUF005  the compiler knows tuples by their sum
+    for b in range(first, last):
+        start = tl.cast(b, tl.int64) * block
+        inside = inside_of(row, start, aligned, block)
+        _base, deltas = deltas_of(row, dtypes, has_base, start, place, inside, aligned)
+        wide = ()
+        for m in tl.static_range(models):
+            wide = wide + (_finite(deltas[m]).to(tl.float64),)  # noqa: RUF005
+        more = ()
+        for i in tl.static_range(models):
+            for j in tl.static_range(i, models):
+                total = totals[i * (2 * models - i - 1) // 2 + j]
+                more = more + (total + _per_lane(wide[i] * wide[j]),)  # noqa: RUF005
+        totals = more
+    for pair in tl.static_range(pairs):
+        tl.store(sums + tl.program_id(0).to(tl.int64) * pairs + pair, tl.sum(totals[pair], axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span"])
 def norms_kernel(
-    inputs,  # models, then the base where there is one
-    sums,  # float64 [blocks, M, 2, 3]
-    wholes,
-    begin,
-    count,
+    words,  # a table: models, then the base where there is one; then one setting
+    sums,  # float64 [programs, M, 2, 3]
+    span,
     how: tl.constexpr,
-    models: tl.constexpr,
+    dtypes: tl.constexpr,
     has_base: tl.constexpr,
+    aligned: tl.constexpr,
     block: tl.constexpr,
 ):
-    offset = tl.program_id(0) * block
-    place = offset + tl.arange(0, block)
-    inside = place < count
-    sums += tl.program_id(0) * models * 6
-    base = load(inputs[models], place, inside) if has_base else tl.zeros((block,), tl.float32)
-    for m in tl.static_range(models):
-        delta = load(inputs[m], place, inside)
-        if has_base:
-            delta = delta - base
-        kept = keep(delta, wholes + m * WHOLES, begin.to(tl.int64) + offset, how, block)
-        _store_norms(sums + m * 6, delta)
-        _store_norms(sums + m * 6 + 3, kept)
+    models: tl.constexpr = len(dtypes) - has_base
+    row, first, last = work_of(words, span, block)
+    begin = tl.load(row + BEGIN)
+    parts = row + ADDRESSES + len(dtypes)
+    place = tl.arange(0, block)
+    totals = ()
+    for _each in tl.static_range(2 * models):
+        zero = tl.zeros((block // LANE,), tl.float64)
+        totals = totals + (zero, zero, tl.zeros((block // LANE,), tl.float32))  # noqa: RUF005
+    for b in range(first, last):
+        start = tl.cast(b, tl.int64) * block
+        inside = inside_of(row, start, aligned, block)
+        _base, deltas = deltas_of(row, dtypes, has_base, start, place, inside, aligned)
+        more = ()
+        for m in tl.static_range(models):
+            kept = keep(deltas[m], parts + m * PART, begin + start, how, block)
+            more = more + _with(totals[6 * m], totals[6 * m + 1], totals[6 * m + 2], deltas[m])
+            more = more + _with(totals[6 * m + 3], totals[6 * m + 4], totals[6 * m + 5], kept)
+        totals = more
+    sums += tl.program_id(0).to(tl.int64) * models * 6
+    for i in tl.static_range(6 * models):
+        if i % 3 == 2:
+            tl.store(sums + i, tl.max(totals[i], axis=0).to(tl.float64))
+        else:
+            tl.store(sums + i, tl.sum(totals[i], axis=0))
 
 
 @triton.jit
-def _store_norms(sums, values):
+def _with(total, squares, largest, values):
+    """The three sums, grown by a block."""
     magnitudes = tl.abs(_finite(values))
     wide = magnitudes.to(tl.float64)
-    tl.store(sums, tl.sum(wide, axis=0))
-    tl.store(sums + 1, tl.sum(wide * wide, axis=0))
-    tl.store(sums + 2, tl.max(magnitudes, axis=0).to(tl.float64))
+    shape: tl.constexpr = (values.shape[0] // LANE, LANE)
+    peak = tl.max(tl.reshape(magnitudes, shape), axis=1)
+    return total + _per_lane(wide), squares + _per_lane(wide * wide), tl.maximum(largest, peak)
+
+
+@triton.jit
+def _per_lane(values):
+    """Sums of neighbours, for which no thread waits for another."""
+    shape: tl.constexpr = (values.shape[0] // LANE, LANE)
+    return tl.sum(tl.reshape(values, shape), axis=1)
 
 
 @triton.jit
@@ -86,58 +131,75 @@ def _finite(values):
     return tl.where(magnitude_bits(values) >= 0x7F800000, 0.0, values)
 
 
-#: Elements. Not yet measured on a card.
-_TILE = 1 << 22
+#: Blocks that a program takes. Not yet measured on a card.
+_SPAN = 16
 
 
-def gram_of(inputs: Inputs, run: Run) -> NDArray[np.float64]:
-    """Inner products [M, M]."""
-    models = len(inputs.models)
-    upper = np.triu_indices(models)
-    products: NDArray[np.float64] = np.zeros((models, models))
-    for _, values in tiles(inputs, _TILE, run):
-        sums = _sums_per_block(values, len(upper[0]))
-        gram_kernel[(len(sums),)](
-            tuple(values),
-            sums,
-            len(values[0]),
-            models=models,
-            has_base=inputs.base is not None,
-            block=block_of(len(values)),
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
-        products[upper] += sums.cpu().numpy().sum(axis=0)
-    products.T[upper] = products[upper]
+def gram_all(tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]:
+    """Inner products [M, M] of each tensor, one launch for all that are alike."""
+    uppers = [np.triu_indices(len(inputs.models)) for inputs in tensors]
+    products: list[NDArray[np.float64]] = [np.zeros((len(inputs.models),) * 2) for inputs in tensors]
+    for pieces, sums in _measured(gram_kernel, tensors, [len(upper[0]) for upper in uppers], run):
+        for (tensor, *_), parts in zip(pieces, sums, strict=True):
+            products[tensor][uppers[tensor]] += parts.sum(axis=0)
+    for product, upper in zip(products, uppers, strict=True):
+        product.T[upper] = product[upper]
     return products
 
 
-def norms_of(inputs: Inputs, sweep: Sweep, run: Run) -> NDArray[np.float64]:
-    """Norms [M, 2, 3]."""
-    models = len(inputs.models)
-    found: NDArray[np.float64] = np.zeros((models, 2, 3))
-    for begin, values in tiles(inputs, _TILE, run):
-        sums = _sums_per_block(values, found.size)
-        norms_kernel[(len(sums),)](
-            tuple(values),
-            sums,
-            tables([sweep], sums.device)[1],
-            begin,
-            len(values[0]),
-            how=int(sweep.keep),
-            models=models,
-            has_base=inputs.base is not None,
-            block=block_of(len(values)),
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
-        blocks = sums.cpu().numpy().reshape(-1, models, 2, 3)
-        found[:, :, :2] += blocks[..., :2].sum(axis=0)
-        found[:, :, 2] = np.maximum(found[:, :, 2], blocks[..., 2].max(axis=0))
-    found[:, :, 1] = np.sqrt(found[:, :, 1])
+def norms_all(tensors: Sequence[Inputs], sweeps: Sequence[Sweep], run: Run) -> list[NDArray[np.float64]]:
+    """Norms [M, 2, 3] of each tensor, one launch for all that are alike."""
+    found: list[NDArray[np.float64]] = [np.zeros((len(inputs.models), 2, 3)) for inputs in tensors]
+    for pieces, sums in _measured(norms_kernel, tensors, [each.size for each in found], run, sweeps):
+        for (tensor, *_), parts in zip(pieces, sums, strict=True):
+            parts = parts.reshape(-1, *found[tensor].shape)
+            found[tensor][..., :2] += parts[..., :2].sum(axis=0)
+            found[tensor][..., 2] = np.maximum(found[tensor][..., 2], parts[..., 2].max(axis=0))
+    for each in found:
+        each[..., 1] = np.sqrt(each[..., 1])
     return found
 
 
-def _sums_per_block(values: list[Tensor], sums: int) -> Tensor:
-    blocks = triton.cdiv(len(values[0]), block_of(len(values)))
-    return torch.empty((blocks, sums), dtype=torch.float64, device=values[0].device)
+def _measured(
+    kernel: triton.JITFunction[Any],
+    tensors: Sequence[Inputs],
+    sizes: Sequence[int],
+    run: Run,
+    sweeps: Sequence[Sweep] = (),
+) -> list[tuple[list[Piece], list[NDArray[np.float64]]]]:
+    """What each launch took, and the sums of each piece, float64 [programs, size]."""
+    launched = []
+    kinds = [
+        (tuple(view.dtype for view in inputs.views), inputs.base is None, sweeps[t].keep if sweeps else None)
+        for t, inputs in enumerate(tensors)
+    ]
+    with on(run) as device:
+        for like, aligned, pieces in launches([t.views for t in tensors], [t.elements for t in tensors], kinds):
+            inputs = tensors[like]
+            rows = [
+                row(
+                    piece,
+                    tensors[piece.tensor].begin,
+                    0,
+                    tensors[piece.tensor].views,
+                    setting(sweeps[piece.tensor]) if sweeps else (),
+                )
+                for piece in pieces
+            ]
+            block = block_of(len(inputs.views))
+            table = Table(rows, [], block, device, _SPAN)
+            sums = torch.empty((table.programs, sizes[like]), dtype=torch.float64, device=device)
+            kernel[(table.programs,)](
+                table.words,
+                sums,
+                table.span,
+                dtypes=dtypes_of(inputs.views),
+                has_base=inputs.base is not None,
+                aligned=aligned,
+                block=block,
+                num_warps=WARPS,
+                **({"how": int(sweeps[like].keep)} if sweeps else {}),
+                **PLAINLY,
+            )
+            launched.append((pieces, table, sums))
+        return [(pieces, np.split(sums.cpu().numpy(), table.firsts[1:])) for pieces, table, sums in launched]

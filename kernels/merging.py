@@ -9,17 +9,37 @@ even: launches turn contraction off, and the bits are those of the reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from numpy.typing import NDArray
 
-from ..sweep import Elect, Found, Inputs, Mean, Run, Sweep, Target, TieVote
-from .stages import NUMBERS, WARPS, WHOLES, block_of, divisor, keep, load, magnitude_bits, tables
-from .staging import DTYPES, Arriving, device, store, tiles
+from ..sweep import Elect, Found, Inputs, Mean, Run, Sweep, Target, TieVote, View
+from .device import on
+from .stages import (
+    ADDRESSES,
+    BEGIN,
+    LANE,
+    NOTES,
+    PART,
+    RESCALE,
+    WARPS,
+    WEIGHT,
+    block_of,
+    deltas_of,
+    inside_of,
+    keep,
+    load,
+    magnitude_bits,
+    number,
+    pointer_of,
+    work_of,
+)
+from .tables import PLAINLY, Piece, Table, divisor, dtypes_of, launches, row, setting
 
 _NONE = tl.constexpr(int(Elect.NONE))
 _WEIGHTED = tl.constexpr(int(Elect.WEIGHTED))
@@ -31,64 +51,80 @@ _BY_COUNT = tl.constexpr(int(Mean.COUNT))
 _BY_CONTRIBUTORS = tl.constexpr(int(Mean.CONTRIBUTORS))
 
 _INFINITE = tl.constexpr(0x7F800000)
+#: The first of none.
+_NOWHERE = tl.constexpr(int(np.iinfo(np.int64).max))
+
+
+@triton.jit(do_not_specialize=["span"])
+def sweep_kernel(
+    words,  # a table: models, the base where there is one, outputs; then the settings
+    span,
+    dtypes: tl.constexpr,  # of the inputs
+    outputs: tl.constexpr,  # their dtypes
+    has_base: tl.constexpr,
+    stages: tl.constexpr,  # per output: keep, elect, tie_vote, mean, whether the divisor is not 1
+    aligned: tl.constexpr,
+    looks: tl.constexpr,  # counts what is not finite and what overflows, in the notes, and writes no outputs
+    block: tl.constexpr,
+):
+    inputs: tl.constexpr = len(dtypes)
+    models: tl.constexpr = inputs - has_base
+    row, first, last = work_of(words, span, block)
+    begin = tl.load(row + BEGIN)
+    notes = words + tl.load(row + NOTES)
+    settings = row + ADDRESSES + inputs + len(outputs)
+    place = tl.arange(0, block)
+    for b in range(first, last):
+        start = tl.cast(b, tl.int64) * block
+        inside = inside_of(row, start, aligned, block)
+        base, deltas = deltas_of(row, dtypes, has_base, start, place, inside, aligned)
+        odd = place < 0  # a delta that is not finite, or a sum that may be too large for its output
+        for m in tl.static_range(models):
+            odd = odd | (magnitude_bits(deltas[m]) >= _INFINITE)
+        for k in tl.static_range(len(outputs)):
+            merged = _merged(
+                deltas,
+                settings + k * (models * PART + 2),
+                begin + start,
+                stages[k][0],
+                stages[k][1],
+                stages[k][2],
+                stages[k][3],
+                stages[k][4],
+                models,
+                block,
+            )
+            if has_base:
+                merged = tl.where(merged == 0.0, base, base + merged)
+            large = _too_large(merged, outputs[k])
+            if looks:
+                overflows = large & (magnitude_bits(merged) < _INFINITE) & inside
+                tl.atomic_add(notes + 2 * inputs + k, tl.sum(overflows.to(tl.int64), axis=0), sem="relaxed")
+            else:
+                odd = odd | large
+                output = pointer_of(row, inputs + k, outputs[k], start, aligned)
+                tl.store(output + place, _narrowed(merged, outputs[k]), mask=inside)
+        if looks:
+            for i in tl.static_range(inputs):
+                values = load(row, i, dtypes[i], start, place, inside, aligned)
+                _note_odd(notes + i, notes + inputs + i, magnitude_bits(values) >= _INFINITE, begin + start + place)
+        else:  # neighbours first, which takes no thread to wait for another; all that write, write the same
+            lanes: tl.constexpr = block // LANE
+            some = tl.max(tl.reshape((odd & inside).to(tl.int32), (lanes, LANE)), axis=1)
+            tl.store(notes + tl.zeros((lanes,), tl.int32), 1, mask=some > 0)
 
 
 @triton.jit
-def sweep_kernel(
-    inputs,  # models, then the base where there is one
-    outputs,
-    numbers,
-    wholes,
-    flag,
-    begin,  # flat index of the first element
-    count,
-    stages: tl.constexpr,  # per output: keep, elect, tie_vote, mean, whether the divisor is not 1
-    models: tl.constexpr,
-    has_base: tl.constexpr,
-    block: tl.constexpr,
-):
-    offset = tl.program_id(0) * block
-    place = offset + tl.arange(0, block)
-    inside = place < count
-    start = begin.to(tl.int64) + offset
-    odd = place < 0  # not finite, or too large for the output
-    base = tl.zeros((block,), tl.float32)
-    if has_base:
-        base = load(inputs[models], place, inside)
-        odd = odd | (magnitude_bits(base) >= _INFINITE)
-    deltas = ()
-    for m in tl.static_range(models):
-        model = load(inputs[m], place, inside)
-        odd = odd | (magnitude_bits(model) >= _INFINITE)
-        if has_base:
-            model = model - base
-        deltas = deltas + (model,)  # noqa: RUF005  the compiler knows tuples by their sum
-    for k in tl.static_range(len(stages)):
-        merged = _merged(
-            deltas,
-            numbers + k * (models + 1) * NUMBERS,
-            wholes + k * models * WHOLES,
-            start,
-            stages[k][0],
-            stages[k][1],
-            stages[k][2],
-            stages[k][3],
-            stages[k][4],
-            models,
-            block,
-        )
-        if has_base:
-            merged = tl.where(merged == 0.0, base, base + merged)
-        odd = odd | _too_large(merged, outputs[k].dtype.element_ty)
-        tl.store(outputs[k] + place, _narrowed(merged, outputs[k].dtype.element_ty), mask=inside)
-    tl.store(flag, 1, mask=tl.max((odd & inside).to(tl.int32), axis=0) > 0)  # all that write, write the same
+def _note_odd(count, first, odd, index):
+    found = tl.sum(odd.to(tl.int64), axis=0)
+    tl.atomic_add(count, found, mask=found > 0, sem="relaxed")
+    tl.atomic_min(first, tl.min(tl.where(odd, index, _NOWHERE), axis=0), mask=found > 0, sem="relaxed")
 
 
 @triton.jit
 def _merged(
     deltas,
-    numbers,
-    wholes,
+    words,
     start,
     how: tl.constexpr,
     elect: tl.constexpr,
@@ -101,12 +137,13 @@ def _merged(
     """lambda times the mean; the votes and the sums go from the first model to the last."""
     voices, terms = (), ()
     for m in tl.static_range(models):
-        delta = keep(deltas[m], wholes + m * WHOLES, start, how, block) * tl.load(numbers + m * NUMBERS + 1)
-        weighted = delta * tl.load(numbers + m * NUMBERS)
+        part = words + m * PART
+        delta = keep(deltas[m], part, start, how, block) * number(part + RESCALE)
+        weighted = delta * number(part + WEIGHT)
         terms = terms + (weighted,)  # noqa: RUF005
         voices = voices + (weighted if elect == _WEIGHTED else delta,)  # noqa: RUF005
     zero = tl.zeros((block,), tl.float32)
-    mass = zero + tl.load(numbers + models * NUMBERS)
+    mass = zero + number(words + models * PART)
     if elect == _NONE:
         total = terms[0]  # not from +0: a negative zero stays
         for m in tl.static_range(1, models):
@@ -125,7 +162,7 @@ def _merged(
             against = tl.where(positive, voices[m] <= 0.0, voices[m] >= 0.0)
             total = total + tl.where(against, 0.0, terms[m])
             if mean == _BY_WEIGHTS:
-                agreeing = agreeing + tl.where(against, 0.0, tl.load(numbers + m * NUMBERS))
+                agreeing = agreeing + tl.where(against, 0.0, number(words + m * PART + WEIGHT))
             if mean == _BY_COUNT:
                 agreeing = agreeing + tl.where(against, 0.0, 1.0)
             if mean == _BY_CONTRIBUTORS:
@@ -136,7 +173,7 @@ def _merged(
             mass = tl.where(agreeing == 0.0, 1.0, agreeing)
     if divides:
         total = tl.div_rn(total, mass)
-    return total * tl.load(numbers + models * NUMBERS + 1)
+    return total * number(words + models * PART + 1)
 
 
 @triton.jit
@@ -163,39 +200,96 @@ def _narrowed(values, dtype: tl.constexpr):
     return bits.to(dtype, bitcast=True)
 
 
-# --- the launch ---
+# --- the launches ---
 
 
-def sweep(
-    inputs: Sequence[Tensor], has_base: bool, sweeps: Sequence[Sweep], outputs: Sequence[Tensor], begin: int = 0
-) -> Tensor:
-    """Write K outputs for K settings; the tensors lie on one device, `begin` is a multiple of 8.
+class Job(NamedTuple):
+    """A tensor, and what becomes of it."""
 
-    Returns what is 1 where anything in the inputs is not finite or an output may have overflowed, int32 [1].
-    """
-    count = outputs[0].numel()
-    flag = torch.zeros(1, dtype=torch.int32, device=outputs[0].device)
-    if count:
-        block = block_of(len(inputs))
-        sweep_kernel[(triton.cdiv(count, block),)](
-            tuple(inputs),
-            tuple(outputs),
-            *tables(sweeps, outputs[0].device),
-            flag,
-            begin,
-            count,
-            stages=stages_of(sweeps),
-            models=len(inputs) - has_base,
-            has_base=has_base,
+    inputs: Inputs
+    sweeps: Sequence[Sweep]
+    targets: Sequence[Target]
+
+    @property
+    def places(self) -> list[View]:
+        return [*self.inputs.views, *(View(target.offset, target.dtype) for target in self.targets)]
+
+
+def merge_all(jobs: Sequence[Job], run: Run, look: bool) -> list[Found]:
+    """One launch for all tensors alike; then, if asked to look, another for those where anything was noticed."""
+    with on(run) as device:
+        swept = _sweep(jobs, False, device)
+        if not look:
+            return []
+        odd = {pieces[n].tensor for pieces, table in swept for n, flag in enumerate(table.notes()) if flag}
+        found = [_found(job, _nothing_noted(job)) for job in jobs]
+        for number, noticed in zip(sorted(odd), _look([jobs[n] for n in sorted(odd)], device), strict=True):
+            found[number] = noticed
+    return found
+
+
+def _look(jobs: Sequence[Job], device: torch.device) -> list[Found]:
+    """What is not finite or overflows, counted by sweeping again without writing."""
+    noted = [_nothing_noted(job) for job in jobs]
+    for pieces, table in _sweep(jobs, True, device):
+        for piece, more in zip(pieces, np.array_split(table.notes(), len(pieces)), strict=True):
+            inputs, known = len(jobs[piece.tensor].inputs.views), noted[piece.tensor]
+            firsts = slice(inputs, 2 * inputs)
+            noted[piece.tensor] = known + more  # the firsts wrap, and are set next
+            noted[piece.tensor][firsts] = np.minimum(known[firsts], more[firsts])
+    return [_found(job, each) for job, each in zip(jobs, noted, strict=True)]
+
+
+def _nothing_noted(job: Job) -> NDArray[np.int64]:
+    """The notes of a closer look: per input how many are not finite, then the first of them; per output, overflows."""
+    inputs = len(job.inputs.views)
+    return np.repeat([0, _NOWHERE.value, 0], [inputs, inputs, len(job.targets)])
+
+
+def _found(job: Job, notes: NDArray[np.int64]) -> Found:
+    inputs = len(job.inputs.views)
+    firsts = np.where(notes == _NOWHERE.value, -1, notes)[inputs : 2 * inputs]
+    return Found(tuple(notes[:inputs].tolist()), tuple(firsts.tolist()), tuple(notes[2 * inputs :].tolist()))
+
+
+def _sweep(jobs: Sequence[Job], looks: bool, device: torch.device) -> list[tuple[list[Piece], Table]]:
+    """The launches, each with the pieces that its rows stand for."""
+    places = [job.places for job in jobs]
+    settings = [[word for sweep in job.sweeps for word in setting(sweep)] for job in jobs]
+    swept = []
+    for like, aligned, pieces in launches(places, [job.inputs.elements for job in jobs], [_kind(job) for job in jobs]):
+        notes = _nothing_noted(jobs[like]).tolist() if looks else [0]
+        rows = [
+            row(piece, jobs[piece.tensor].inputs.begin, n * len(notes), places[piece.tensor], settings[piece.tensor])
+            for n, piece in enumerate(pieces)
+        ]
+        inputs = jobs[like].inputs
+        block = block_of(len(inputs.views))
+        table = Table(rows, notes * len(pieces), block, device)
+        sweep_kernel[(table.programs,)](
+            table.words,
+            table.span,
+            dtypes=dtypes_of(inputs.views),
+            outputs=dtypes_of(jobs[like].targets),
+            has_base=inputs.base is not None,
+            stages=stages_of(jobs[like].sweeps),
+            aligned=aligned,
+            looks=looks,
             block=block,
             num_warps=WARPS,
-            enable_fp_fusion=False,
+            **PLAINLY,
         )
-    return flag
+        swept.append((pieces, table))
+    return swept
+
+
+def _kind(job: Job) -> Hashable:
+    """What the kernel is compiled for."""
+    return tuple(place.dtype for place in job.places), job.inputs.base is None, stages_of(job.sweeps)
 
 
 def stages_of(sweeps: Sequence[Sweep]) -> tuple[tuple[int, ...], ...]:
-    """What the kernel is compiled for, per output."""
+    """The choices of a kernel, per output."""
     return tuple(
         (
             int(each.keep),
@@ -206,72 +300,3 @@ def stages_of(sweeps: Sequence[Sweep]) -> tuple[tuple[int, ...], ...]:
         )
         for each in sweeps
     )
-
-
-# --- from memory, tile after tile ---
-
-
-def merge_tensor(inputs: Inputs, sweeps: Sequence[Sweep], targets: Sequence[Target], run: Run) -> Found:
-    """One tensor; while the device works on a tile, the next one is read."""
-    if inputs.models[0].dtype == "U8":
-        return _copy(inputs, targets, run)
-    has_base = inputs.base is not None
-    noticed = _Noticed(len(inputs.views), len(targets))
-    swept: list[_Swept] = []
-    for begin, values in tiles(inputs, run.tile, run):
-        outputs = [torch.empty(len(values[0]), dtype=DTYPES[target.dtype], device=device()) for target in targets]
-        flag = sweep(values, has_base, sweeps, outputs, begin)
-        swept.append(_Swept(begin, values, Arriving(flag), [Arriving(output) for output in outputs]))
-        if len(swept) > 1:
-            _finish(swept.pop(0), has_base, sweeps, targets, noticed)
-    for tile in swept:
-        _finish(tile, has_base, sweeps, targets, noticed)
-    return Found(tuple(noticed.nonfinite), tuple(noticed.first), tuple(noticed.overflow))
-
-
-class _Swept(NamedTuple):
-    """A tile that the device has been told to sweep."""
-
-    begin: int
-    inputs: list[Tensor]
-    flag: Arriving
-    outputs: list[Arriving]
-
-
-class _Noticed:
-    """What becomes a `Found`, tile after tile."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.nonfinite, self.first, self.overflow = [0] * inputs, [-1] * inputs, [0] * outputs
-
-
-def _finish(
-    tile: _Swept, has_base: bool, sweeps: Sequence[Sweep], targets: Sequence[Target], noticed: _Noticed
-) -> None:
-    outputs = [output.wait() for output in tile.outputs]
-    if tile.flag.wait().item():
-        _look_closely(tile, has_base, sweeps, outputs, noticed)
-    for output, target in zip(outputs, targets, strict=True):
-        store(output, target, tile.begin)
-
-
-def _look_closely(
-    tile: _Swept, has_base: bool, sweeps: Sequence[Sweep], outputs: Sequence[Tensor], noticed: _Noticed
-) -> None:
-    """Count what is not finite and, from a second sweep into float32, what became infinite by rounding."""
-    for i, values in enumerate(tile.inputs):
-        places = (~values.isfinite()).nonzero()
-        if len(places) and noticed.first[i] < 0:
-            noticed.first[i] = tile.begin + int(places[0])
-        noticed.nonfinite[i] += len(places)
-    merged = [torch.empty_like(tile.inputs[0], dtype=torch.float32) for _ in outputs]
-    sweep(tile.inputs, has_base, sweeps, merged, tile.begin)
-    for k, (exact, output) in enumerate(zip(merged, outputs, strict=True)):
-        noticed.overflow[k] += int((exact.cpu().isfinite() & output.isinf()).sum())
-
-
-def _copy(inputs: Inputs, targets: Sequence[Target], run: Run) -> Found:
-    for begin, (values,) in tiles(inputs, run.tile, run, torch.device("cpu")):
-        for target in targets:
-            store(values, target, begin)
-    return Found((0,), (-1,), (0,) * len(targets))

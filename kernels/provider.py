@@ -1,4 +1,4 @@
-"""The four ops in Triton, for NVIDIA, AMD and Intel GPUs, on addresses of host memory."""
+"""The four ops in Triton, for NVIDIA, AMD and Intel GPUs, on addresses of device memory."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..sweep import Cut, Found, Inputs, Run, Sweep, Target
-from .measure import gram_of, norms_of
-from .merging import merge_tensor
-from .select import cuts_of
-from .staging import DTYPES as _DTYPES
-from .staging import why_not
+from . import tables
+from .device import Device, device, devices, why_not
+from .measure import gram_all, norms_all
+from .merging import Job, merge_all
+from .select import select_all
 
-__all__ = ["DTYPES", "gram", "merge", "name", "norms", "threshold", "why_not"]
+__all__ = ["DEVICE", "DTYPES", "Device", "device", "devices", "gram", "merge", "name", "norms", "threshold", "why_not"]
 
 name = "triton"
-DTYPES = frozenset(_DTYPES)
+DEVICE = "gpu"
+DTYPES = frozenset(tables.DTYPES)
 
 
 def gram(tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]:
     """Inner products [M, M] of the deltas, or of the weights without a base, in float64; NaN and Inf count as 0."""
-    return [gram_of(inputs, run) for inputs in tensors]
+    return gram_all(tensors, run)
 
 
 def norms(tensors: Sequence[Inputs], sweeps: Sequence[Sweep], run: Run) -> list[NDArray[np.float64]]:
     """L1, L2 and Linf of each delta before and after `Keep`, [M, 2, 3], in float64; NaN and Inf count as 0."""
-    return [norms_of(inputs, sweep, run) for inputs, sweep in zip(tensors, sweeps, strict=True)]
+    return norms_all(tensors, sweeps, run)
 
 
 def threshold(groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]], run: Run) -> list[tuple[Cut, ...]]:
@@ -35,11 +36,18 @@ def threshold(groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]]
 
     Of equal magnitudes those with the lowest index stay; `ties_end` is EVERY where all of them do. A NaN counts as 0.
     """
-    return [cuts_of(group, wanted, run) for group, wanted in zip(groups, ranks, strict=True)]
+    return select_all(groups, ranks, run)
 
 
 def merge(
-    tensors: Sequence[Inputs], sweeps: Sequence[Sequence[Sweep]], targets: Sequence[Sequence[Target]], run: Run
+    tensors: Sequence[Inputs],
+    sweeps: Sequence[Sequence[Sweep]],
+    targets: Sequence[Sequence[Target]],
+    run: Run,
+    look: bool = True,
 ) -> list[Found]:
-    """Write K outputs per tensor, one for each of its sweeps, from one read; a U8 tensor is copied."""
-    return [merge_tensor(*job, run) for job in zip(tensors, sweeps, targets, strict=True)]
+    """Write K outputs per tensor, one for each of its sweeps, from one read; no output may overlap an input.
+
+    Without `look` nothing is waited for: the work is queued on the stream of the run, and nothing is returned.
+    """
+    return merge_all([Job(*each) for each in zip(tensors, sweeps, targets, strict=True)], run, look)

@@ -1,33 +1,83 @@
-"""What the kernels share: loading deltas, the stage `keep`, and the numbers of a setting as tables."""
+"""What the kernels share: a row of a launch's table, the deltas of a block, and the stage `keep`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..sweep import Keep, Sweep
+from ..sweep import Keep
 from .random import pieces
 
 _ABOVE = tl.constexpr(int(Keep.ABOVE))
 _BERNOULLI = tl.constexpr(int(Keep.BERNOULLI))
 
-#: Numbers and whole numbers per model in the tables of `tables`.
-NUMBERS = tl.constexpr(2)
-WHOLES = tl.constexpr(4)
+#: The words of a row: elements, flat index of the first, where its notes are, then the addresses.
+COUNT = tl.constexpr(0)
+BEGIN = tl.constexpr(1)
+NOTES = tl.constexpr(2)
+ADDRESSES = tl.constexpr(3)
+
+#: The words of a model in a setting: weight, rescale, magnitude, ties_end, cut, key.
+PART = tl.constexpr(6)
+WEIGHT = tl.constexpr(0)
+RESCALE = tl.constexpr(1)
+_MAGNITUDE = tl.constexpr(2)
+_TIES_END = tl.constexpr(3)
+_CUT = tl.constexpr(4)
+_KEY = tl.constexpr(5)
+
+#: Neighbours that a thread has in its own registers, where a block has enough elements for all threads.
+LANE = tl.constexpr(8)
 
 
 @triton.jit
-def load(pointer, place, inside):
+def work_of(table, span, block: tl.constexpr):
+    """The program's row, and its blocks: the first, and one past the last."""
+    entry = table + 2 * tl.program_id(0)
+    row, first = table + tl.load(entry), tl.load(entry + 1)
+    return row, first, tl.minimum(first + span, tl.cdiv(tl.load(row + COUNT), block))
+
+
+@triton.jit
+def inside_of(row, start, aligned: tl.constexpr, block: tl.constexpr):
+    """Which elements of the block that begins at `start` there are."""
+    left = tl.minimum(tl.load(row + COUNT) - start, block).to(tl.int32)
+    if aligned:
+        left = tl.multiple_of(left, 8)
+    return tl.arange(0, block) < left
+
+
+@triton.jit
+def pointer_of(row, i: tl.constexpr, dtype: tl.constexpr, start, aligned: tl.constexpr):
+    """To the element `start`, 64 bits wide, of the row's i-th address."""
+    address = tl.load(row + ADDRESSES + i) + start * (dtype.primitive_bitwidth // 8)
+    pointer = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if aligned else pointer
+
+
+@triton.jit
+def load(row, i: tl.constexpr, dtype: tl.constexpr, start, place, inside, aligned: tl.constexpr):
     """Elements as float32; +0 outside."""
-    values = tl.load(pointer + place, mask=inside, other=0.0)
-    if pointer.dtype.element_ty == tl.bfloat16:  # in whole numbers: the interpreter's own conversion loses denormals
+    values = tl.load(pointer_of(row, i, dtype, start, aligned) + place, mask=inside, other=0.0)
+    if dtype == tl.bfloat16:  # in whole numbers: the interpreter's own conversion loses denormals
         return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return values.to(tl.float32)
+
+
+@triton.jit
+def deltas_of(row, dtypes: tl.constexpr, has_base: tl.constexpr, start, place, inside, aligned: tl.constexpr):
+    """The base, or zeros, and each model's delta. `dtypes` are those of the models, then of the base."""
+    models: tl.constexpr = len(dtypes) - has_base
+    base = tl.zeros(place.shape, tl.float32)
+    if has_base:
+        base = load(row, models, dtypes[models], start, place, inside, aligned)
+    deltas = ()
+    for m in tl.static_range(models):
+        delta = load(row, m, dtypes[m], start, place, inside, aligned)
+        if has_base:
+            delta = delta - base
+        deltas = deltas + (delta,)  # noqa: RUF005  the compiler knows tuples by their sum
+    return base, deltas
 
 
 @triton.jit
@@ -37,17 +87,22 @@ def magnitude_bits(values):
 
 
 @triton.jit
-def keep(delta, wholes, start, how: tl.constexpr, block: tl.constexpr):
-    """The delta where kept, +0 elsewhere; `wholes` is the model's row, `start` the flat index of the first."""
+def number(words):
+    """The float32 whose bits a word has."""
+    return tl.load(words).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keep(delta, part, start, how: tl.constexpr, block: tl.constexpr):
+    """The delta where kept, +0 elsewhere; `part` is the model's in the setting, `start` the flat index of the first."""
     if how == _ABOVE:
         bits = magnitude_bits(delta)
-        cut = tl.load(wholes).to(tl.int32)
-        ties_end = tl.load(wholes + 1)
-        below = tl.minimum(tl.maximum(ties_end - start, 0), block).to(tl.int32)  # in elements of this block
+        cut = tl.load(part + _MAGNITUDE).to(tl.int32)
+        below = tl.minimum(tl.maximum(tl.load(part + _TIES_END) - start, 0), block).to(tl.int32)  # in this block
         kept = (bits > cut) | ((bits == cut) & (tl.arange(0, block) < below))
         delta = tl.where(kept, delta, 0.0)
     if how == _BERNOULLI:
-        cut, key = tl.load(wholes + 2), tl.load(wholes + 3)
+        cut, key = tl.load(part + _CUT), tl.load(part + _KEY)
         first, upper = pieces(key, start, 0, block), (cut >> 16).to(tl.int32)
         kept = (first < upper).to(tl.int32)
         equal = (first == upper).to(tl.int32)
@@ -58,45 +113,12 @@ def keep(delta, wholes, start, how: tl.constexpr, block: tl.constexpr):
     return delta
 
 
-#: Elements per program by the number of inputs, whose elements must fit in registers. Not yet measured on a card.
+#: Elements of a block by the number of inputs, whose elements must fit in registers. Not yet measured on a card.
 _BLOCKS = ((4, 1024), (8, 512), (16, 256))
 _LEAST_BLOCK = 128
 WARPS = 4
 
 
 def block_of(inputs: int) -> int:
-    """How many elements a program takes."""
+    """How many elements a program takes at a time."""
     return next((block for limit, block in _BLOCKS if inputs <= limit), _LEAST_BLOCK)
-
-
-def tables(sweeps: Sequence[Sweep], device: torch.device) -> tuple[Tensor, Tensor]:
-    """What differs per model and setting, as the kernels read it.
-
-    Numbers, float32 [K, M + 1, 2]: weight and rescale of each model, then divisor (a 0 counts as 1) and lambda.
-    Whole numbers, int64 [K, M, 4]: the bits of the magnitude, ties_end, cut, key.
-    """
-    numbers = [
-        [*((part.weight, part.rescale) for part in sweep.parts), (divisor(sweep), sweep.lambda_)] for sweep in sweeps
-    ]
-    wholes = [
-        [(_bits(part.magnitude), part.ties_end, part.cut, _signed(part.key)) for part in sweep.parts]
-        for sweep in sweeps
-    ]
-    return (
-        torch.tensor(numbers, dtype=torch.float64).to(torch.float32).to(device),
-        torch.tensor(wholes, dtype=torch.int64).to(device),
-    )
-
-
-def divisor(sweep: Sweep) -> float:
-    """The divisor in float32, where a 0 counts as 1."""
-    return float(np.float32(sweep.divisor)) or 1.0
-
-
-def _bits(magnitude: float) -> int:
-    return int(np.float32(magnitude).view(np.uint32)) & 0x7FFFFFFF
-
-
-def _signed(key: int) -> int:
-    key &= 2**64 - 1
-    return key - 2**64 if key >> 63 else key
