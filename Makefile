@@ -7,7 +7,7 @@ LINTERS := clang-format==23.1.5 mypy==2.4.1 ruff==0.17.6 types-PyYAML
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD := --config-settings=cmake.define.FASTMERGE_WERROR=ON
 CORE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CPP := $(shell find csrc bench -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CPP := $(shell find csrc bench tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 PYTHONS := fastmerge kernels tests bench
 
 .PHONY: demo test lint format bench clean

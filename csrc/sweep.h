@@ -54,6 +54,12 @@ struct Target {
   uint32_t dtype;
 };
 
+// What a selection finds of one model: > magnitude is kept, and == magnitude below ties_end.
+struct Cut {
+  float magnitude;
+  int64_t ties_end;
+};
+
 // One tensor: `models` views, then the base's where deltas are taken.
 struct Tensor {
   const View* views;
@@ -64,19 +70,19 @@ struct Tensor {
 
 namespace {  // internal linkage, see dtype.h
 
-inline const View* base_of(const Tensor& tensor) {
+FASTMERGE_INLINE const View* base_of(const Tensor& tensor) {
   return tensor.inputs > tensor.models ? tensor.views + tensor.models : nullptr;
 }
 
-inline DType dtype_of(const View& view) {
+FASTMERGE_INLINE DType dtype_of(const View& view) {
   return static_cast<DType>(view.dtype);
 }
 
-inline const char* bytes_of(const View& view, int64_t element) {
+FASTMERGE_INLINE const char* bytes_of(const View& view, int64_t element) {
   return reinterpret_cast<const char*>(view.address) + element * size_of(dtype_of(view));
 }
 
-inline int64_t bytes_read(const Tensor& tensor, int64_t elements) {
+FASTMERGE_INLINE int64_t bytes_read(const Tensor& tensor, int64_t elements) {
   int64_t bytes = 0;
   for (int input = 0; input < tensor.inputs; ++input) bytes += elements * size_of(dtype_of(tensor.views[input]));
   return bytes;

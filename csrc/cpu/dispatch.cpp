@@ -20,8 +20,9 @@ const char* why_not(const Kernels& kernels) {
   __builtin_cpu_init();
   if (&kernels == &kernels_avx512) {
     const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return has ? nullptr : "this processor has no AVX-512 F, BW, DQ and VL";
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("bmi2");
+    return has ? nullptr : "this processor has no AVX-512 F, BW, DQ and VL, or no BMI2";
   }
   if (&kernels == &kernels_avx2) {
     const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

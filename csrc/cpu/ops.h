@@ -37,11 +37,6 @@ void gram(const std::vector<Tensor>& tensors, const std::vector<double*>& produc
 void norms(const std::vector<Tensor>& tensors, const std::vector<const Sweep*>& sweeps,
            const std::vector<const Part*>& parts, const std::vector<double*>& sums, const Crew& crew);
 
-struct Cut {
-  float magnitude;
-  int64_t ties_end;
-};
-
 // Tensors taken as one concatenated vector, all of the same number of models.
 using Group = std::vector<Tensor>;
 
