@@ -1,4 +1,4 @@
-"""Which provider runs which op: an ordered list per op, a probe for each provider, and a choice that fails loudly."""
+"""Which provider runs which op: an ordered list per device and op, probes, and a choice that fails loudly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +16,40 @@ from .sweep import Cut, Found, Inputs, Run, Sweep, Target
 
 OPS = ("gram", "norms", "threshold", "merge")
 
-#: Providers by the name that `--backend` takes: the module, and the remedy where it is out.
+#: Providers by the name that `--backend` takes: the module, what may be missing, and the remedy where it is.
 PROVIDERS = {
-    "cpu": ("native", "reinstall fastmerge with a C++17 compiler at hand"),
-    "torch": ("reference", "pip install 'fastmerge[torch]'"),
-    "triton": ("kernels.provider", "pip install 'fastmerge[gpu]'"),
+    "cpu": ("native", "the compiled core", "reinstall fastmerge with a C++17 compiler at hand"),
+    "torch": ("reference", "torch", "pip install 'fastmerge[torch]'"),
+    "cuda": ("cuda", "the CUDA module", "reinstall fastmerge where CUDA's compiler nvcc is"),
+    "triton": ("kernels.provider", "triton or torch", "pip install 'fastmerge[gpu]'"),
 }
-#: What `auto` tries, in order of preference; whether a GPU pays for a merge from disk is not yet measured.
-AUTO = ("cpu", "torch")
+#: What `auto` tries for each op, in order of preference, by the device in whose memory the tensors are.
+ORDER = {
+    "cpu": {
+        "gram": ("cpu", "torch"),
+        "norms": ("cpu", "torch"),
+        "threshold": ("cpu", "torch"),
+        "merge": ("cpu", "torch"),
+    },
+    "gpu": {
+        "gram": ("cuda", "triton"),
+        "norms": ("cuda", "triton"),
+        "threshold": ("cuda", "triton"),
+        "merge": ("cuda", "triton"),
+    },
+}
+#: One of these is there where a driver of NVIDIA or AMD is, or that of WSL.
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+#: By provider, the ops that it had work for.
+Worked = dict[str, set[str]]
 
 
 class Provider(Protocol):
-    """A module that implements the ops; what they compute stands in `sweep`."""
+    """A module that implements the ops on one kind of device; what they compute stands in `sweep`."""
 
     name: str
+    DEVICE: str
     DTYPES: frozenset[str]
 
     def gram(self, tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]: ...
@@ -46,10 +66,98 @@ class Provider(Protocol):
     ) -> list[Found]: ...
 
 
+class Device(Protocol):
+    """A GPU's memory and streams; addresses and handles are integers, and any thread may call."""
+
+    name: str
+
+    def free_bytes(self) -> int: ...
+    def allocate(self, nbytes: int) -> int:
+        """Device memory at a multiple of 256; MemoryError where there is not enough."""
+        ...
+
+    def release(self, address: int) -> None: ...
+    def pin(self, nbytes: int) -> int:
+        """Page-locked memory of the host; MemoryError where there is not enough."""
+        ...
+
+    def unpin(self, address: int) -> None: ...
+    def stream(self) -> int: ...
+    def close(self, stream: int) -> None: ...
+    def upload(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        """Queued on the stream, from pinned memory."""
+        ...
+
+    def download(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        """Queued on the stream, to pinned memory."""
+        ...
+
+    def synchronize(self, stream: int) -> None: ...
+
+
+class Ops:
+    """The ops on one device, each by the provider chosen for it; what is given no tensors is not asked."""
+
+    def __init__(self, wanted: str, dtypes: Iterable[str], device: str, worked: Worked) -> None:
+        needed = frozenset(dtypes)
+        self._by = {op: choose(wanted, needed, op=op, device=device) for op in OPS}
+        self._worked = worked
+        self.names = tuple(dict.fromkeys(each.name for each in self._by.values()))
+        self.dtypes = frozenset.intersection(*(each.DTYPES for each in self._by.values()))
+        #: Whether tensors can be selected and swept in one go.
+        self.ranks = self._by["threshold"] is self._by["merge"] and hasattr(self._by["merge"], "merge_ranked")
+
+    def gram(self, tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]:
+        return self._working("gram").gram(tensors, run) if tensors else []
+
+    def norms(self, tensors: Sequence[Inputs], sweeps: Sequence[Sweep], run: Run) -> list[NDArray[np.float64]]:
+        return self._working("norms").norms(tensors, sweeps, run) if tensors else []
+
+    def threshold(
+        self, groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]], run: Run
+    ) -> list[tuple[Cut, ...]]:
+        return self._working("threshold").threshold(groups, ranks, run) if groups else []
+
+    def merge(
+        self,
+        tensors: Sequence[Inputs],
+        sweeps: Sequence[Sequence[Sweep]],
+        targets: Sequence[Sequence[Target]],
+        run: Run,
+    ) -> list[Found]:
+        return self._working("merge").merge(tensors, sweeps, targets, run) if tensors else []
+
+    def merge_ranked(
+        self,
+        tensors: Sequence[Inputs],
+        sweeps: Sequence[Sequence[Sweep]],
+        ranks: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[Target]],
+        run: Run,
+    ) -> list[Found]:
+        """`threshold` and then `merge` with the cuts that it found, where the provider of both `ranks`."""
+        if not tensors:
+            return []
+        self._working("threshold")
+        provider: Any = self._working("merge")
+        _, found = provider.merge_ranked(tensors, sweeps, ranks, targets, run)
+        return list(found)
+
+    def devices(self) -> list[Device]:
+        return _devices(self._by["merge"])
+
+    def _working(self, op: str) -> Provider:
+        provider = self._by[op]
+        self._worked.setdefault(provider.name, set()).add(op)
+        return provider
+
+
 class Standing(NamedTuple):
-    """How a provider stands on this machine: the ops it runs, and why it is out where it is."""
+    """How a provider stands on this machine: per op "auto" (it is the one that `auto` takes on its device), "can" or
+    "-"; and why it is out where it is."""
 
     provider: str
+    device: str
     ops: tuple[str, ...]
     reason: str
 
@@ -68,41 +176,75 @@ def provider(name: str) -> Provider:
     return module
 
 
-def choose(wanted: str, dtypes: Iterable[str]) -> Provider:
-    """The first provider that takes these dtypes, or the one asked for by name.
+def choose(wanted: str, dtypes: Iterable[str], *, op: str = "merge", device: str = "cpu") -> Provider:
+    """The first provider of a device that takes these dtypes, or the one asked for by name.
 
     Raises:
         BackendError: none does, or the one asked for does not.
     """
     needed = frozenset(dtypes)
     reasons = []
-    for name in AUTO if wanted == "auto" else [wanted]:
+    for name in ORDER[device][op] if wanted == "auto" else [wanted]:
         if wanted == "auto" and (reason := why_not(name)):
             reasons.append(f"{name} is out: {reason}")
             continue
         each = provider(name)  # imports torch for the reference, so only where the ones before it do not do
+        if not hasattr(each, op):
+            reasons.append(f"{name} has no {op}")
+            continue
         if needed <= each.DTYPES:
             return each
         reasons.append(f"{name} takes {', '.join(sorted(each.DTYPES))}")
-    raise BackendError(f"no backend merges {' with '.join(sorted(needed))} here ({'; '.join(reasons)})")
+    what = f"merges {' with '.join(sorted(needed))}" if needed else f"runs on a {device.upper()}"
+    raise BackendError(f"no backend {what} here ({'; '.join(reasons)})")
+
+
+def device_of(name: str) -> str:
+    """The kind of device that a provider works on; "cpu" also for `auto`, which begins there."""
+    return next((device for device, ops in ORDER.items() if any(name in order for order in ops.values())), "cpu")
 
 
 def why_not(name: str) -> str:
     """Why a provider cannot run here; empty where it can. Only for triton this imports torch."""
-    module, remedy = PROVIDERS[name]
+    module, what, remedy = PROVIDERS[name]
     if name == "torch":
         return "" if find_spec("torch") else f"torch is not installed ({remedy})"
     try:
         imported = importlib.import_module("._core" if name == "cpu" else f".{module}", __package__)
     except ImportError as error:
-        what = "the compiled core is" if name == "cpu" else "triton or torch is"
-        return f"{what} not there: {error} ({remedy})"
-    return imported.why_not() if name == "triton" else ""
+        return f"{what} is not there: {error} ({remedy})"
+    return imported.why_not() if device_of(name) == "gpu" else ""
 
 
 def standings() -> list[Standing]:
-    """Every provider, those of `auto` first."""
-    return [Standing(name, () if why_not(name) else OPS, why_not(name)) for name in PROVIDERS]
+    """Every provider, in the order of PROVIDERS."""
+    reasons = {name: why_not(name) for name in PROVIDERS}
+
+    def standing(name: str, op: str) -> str:
+        order = ORDER[device_of(name)][op]
+        if reasons[name] or name not in order:
+            return "-"
+        return "auto" if name == next(each for each in order if not reasons[each]) else "can"
+
+    return [
+        Standing(name, device_of(name), tuple(standing(name, op) for op in OPS), reason)
+        for name, reason in reasons.items()
+    ]
+
+
+def gpus() -> list[Device]:
+    """The GPUs of the first provider that can run on one."""
+    names = [name for name in ORDER["gpu"]["merge"] if not why_not(name)]
+    return _devices(provider(names[0])) if names else []
+
+
+def _devices(provider: Any) -> list[Device]:
+    return [provider.device(number) for number in range(provider.devices())]
+
+
+def has_gpu_driver() -> bool:
+    """Whether a look for a GPU is worth its while: it takes the driver's start, or an import of torch."""
+    return any(map(os.path.exists, _DRIVERS))
 
 
 def threads() -> int:

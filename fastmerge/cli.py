@@ -43,10 +43,16 @@ _shard_size = click.option(
 )
 _backend = click.option(
     "--backend",
-    type=click.Choice(["auto", "cpu", "torch", "triton"]),
+    type=click.Choice(["auto", "cpu", "cuda", "triton", "torch"]),
     default="auto",
     show_default=True,
     help="What computes; one asked for by name never falls back.",
+)
+_gpu_memory = click.option(
+    "--gpu-memory",
+    type=_bytes,
+    metavar="SIZE",
+    help="Most bytes for each GPU, half on it, half pinned in the host; by default 8GB, or what it has free.",
 )
 _threads = click.option("--threads", type=click.IntRange(1), help="Workers; by default one per processor.")
 
@@ -64,6 +70,7 @@ def main() -> None:
 @_threads
 @_seed
 @_shard_size
+@_gpu_memory
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output in OUT.")
 @click.option(
     "--nonfinite",
@@ -109,20 +116,23 @@ def info() -> None:
     """Tell which kernels run here, and why others are out."""
     with _mistakes():
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         from . import backends
 
         console = Console()
-        table = Table("backend", *backends.OPS, "why not", title=f"fastmerge {__version__}", title_justify="left")
+        columns = ("backend", "works on", *backends.OPS, Column("why not", overflow="fold"))
+        table = Table(*columns, title=f"fastmerge {__version__}", title_justify="left")
         for standing in backends.standings():
-            table.add_row(
-                standing.provider,
-                *("yes" if op in standing.ops else "-" for op in backends.OPS),
-                Text(standing.reason),  # no markup: it may name fastmerge[torch]
-            )
+            why = Text(_printable(standing.reason))  # no markup: it may name fastmerge[torch]
+            table.add_row(standing.provider, standing.device, *standing.ops, why)
         console.print(table)
+        if gpus := backends.gpus():
+            table = Table("GPU", "name", "free memory")
+            for number, gpu in enumerate(gpus):
+                table.add_row(str(number), Text(_printable(gpu.name)), _size(gpu.free_bytes()))
+            console.print(table)
         table = Table("instruction set", "runs", "why not")
         for isa, reason, chosen in backends.instruction_sets():
             table.add_row(isa, "this one" if chosen else "-" if reason else "can", Text(reason))
@@ -190,8 +200,15 @@ def _closing(report: Report) -> str:
         f"{_printable(str(report.out))}: {' + '.join(report.methods)} of {report.tensors:,} tensors, "
         f"read {_size(report.bytes_read)}, wrote {_size(report.bytes_written)} in {report.seconds:.2f} s "
         f"({report.gigabytes_per_second:.1f} GB/s; "
-        f"{', '.join(report.providers)}, {report.threads} threads{peak})"
-    )
+        f"{_who(report)}, {report.threads} threads{peak})"
+    ) + (f"; {_printable(report.choice)}" if report.gpu_considered else "")
+
+
+def _who(report: Report) -> str:
+    """Who computed; where there were several, with the ops of each."""
+    if len(report.worked) < 2:
+        return "".join(report.worked) or "copied"
+    return " + ".join(f"{name} ({', '.join(ops)})" for name, ops in report.worked.items())
 
 
 def _show_plan(made: Plan) -> None:

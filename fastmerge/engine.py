@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import backends
-from .batches import Batch, in_batches, input_bytes, output_dtype, read, share_out
+from .batches import BATCH_BYTES, Reader, in_batches, input_bytes, share_out
 from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
+from .choice import Choice
 from .errors import CheckpointError, FastmergeWarning, NonFiniteError, OutputError
-from .measures import measured, model_cuts
+from .measures import model_cuts, swept
 from .methods import Base
 from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
 from .planner import plan as make_plan
 from .recipe import Recipe
+from .streaming import Streamer
 from .sweep import Cut, Found, Run, Target
 
 Progress = Callable[[int, int], None]
@@ -38,8 +40,15 @@ class Report:
     bytes_written: int
     seconds: float
     peak_anonymous_bytes: int  # memory that is not a mapped file; 0 where the system doesn't tell
-    providers: tuple[str, ...]
+    worked: Mapping[str, tuple[str, ...]]  # by provider, the ops that it ran; empty where bytes were only copied
     threads: int
+    choice: str  # which device was chosen, and why
+    gpu_considered: bool  # whether a GPU was measured against the CPU
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """Who ran an op."""
+        return tuple(self.worked)
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -55,6 +64,7 @@ def merge(
     threads: int | None = None,
     seed: int | None = None,
     shard_size: int = SHARD_SIZE,
+    gpu_memory: int | None = None,
     overwrite: bool = False,
     nonfinite: str = "error",
     progress: Progress | None = None,
@@ -64,10 +74,13 @@ def merge(
     Args:
         recipe: a `Recipe`, or the path of its YAML file.
         out: the folder to write; new or empty, unless `overwrite`.
-        backend: "auto", or a provider by name ("cpu", "torch", "triton"), which then never falls back.
+        backend: "auto", or a provider by name ("cpu", "torch", "cuda", "triton"), which then never falls back. "auto"
+            begins on the CPU, and goes on with a GPU where that is faster by what was measured.
         threads: workers; by default one for each processor that this process may use.
         seed: of the random drops; before the recipe's own. The default is 0.
         shard_size: the most bytes of tensors in one file.
+        gpu_memory: the most bytes that are taken for each GPU, half of them on it, half pinned in the host's memory; by
+            default 8 GB, or what the GPU has free where that is less.
         overwrite: replace an earlier output in `out`.
         nonfinite: "error", or "propagate": NaN and Inf in the inputs go where the arithmetic takes them.
         progress: called with (bytes done, bytes in all) about twenty times a second, on this thread.
@@ -83,7 +96,10 @@ def merge(
         recipe = Recipe.load(recipe)
     plan = make_plan(recipe, seed=seed, shard_size=shard_size)
     watch = _Watch(plan, progress)
-    work = _Work(backend, threads or backends.threads(), nonfinite == "propagate", watch)
+    worked: backends.Worked = {}
+    work = _Work(
+        Choice(backend, worked), worked, threads or backends.threads(), gpu_memory, nonfinite == "propagate", watch
+    )
     folder = Path(out)
     inputs = [model.path for stage in plan.stages for model in stage.models if isinstance(model, Checkpoint)]
     result = plan.stages[-1]
@@ -109,8 +125,10 @@ def merge(
         plan.bytes_written,
         time.perf_counter() - started,
         watch.peak_anonymous_bytes,
-        tuple(work.providers),
+        {name: tuple(op for op in backends.OPS if op in worked[name]) for name in backends.PROVIDERS if name in worked},
         work.threads,
+        work.choice.reason,
+        work.choice.considered,
     )
 
 
@@ -151,11 +169,12 @@ class _Watch:
 class _Work:
     """How jobs are done in this merge, and by whom they were."""
 
-    backend: str
+    choice: Choice
+    worked: backends.Worked
     threads: int
+    gpu_memory: int | None
     propagate: bool
     watch: _Watch
-    providers: dict[str, None] = dataclasses.field(default_factory=dict)
 
     @property
     def run(self) -> Run:
@@ -163,21 +182,19 @@ class _Work:
 
 
 def _run(stage: Stage, written: dict[str, Checkpoint], writer: Writer, work: _Work) -> None:
-    """Does all jobs of a stage, batch by batch, then makes sure that no input changed meanwhile."""
+    """Does all jobs of a stage, then makes sure that no input changed meanwhile."""
     models = [written[model.name] if isinstance(model, Planned) else model for model in stage.models]
     _warn_of_no_deltas(stage, models)
     overflown: dict[str, int] = {}
     try:
-        cuts = model_cuts(stage, models, work.backend, work.run)
-        for jobs in in_batches(stage):
-            batch = read(jobs, models, work.propagate)
-            for provider, mine in share_out(batch, work.backend):
-                work.providers[provider.name] = None
-                for job, found in _swept(mine, provider, cuts, writer, work):
-                    if sum(found.nonfinite) and not work.propagate:
-                        raise _nonfinite(job, found, models)
-                    if sum(found.overflow):
-                        overflown[job.name] = sum(found.overflow)
+        reader = Reader(models, work.propagate)
+        cuts = model_cuts(stage, reader, work.choice.backend, work.worked, work.run)
+        with closing(_done(stage, reader, cuts, writer, work)) as done:
+            for job, found in done:
+                if sum(found.nonfinite) and not work.propagate:
+                    raise _nonfinite(job, found, models)
+                if sum(found.overflow):
+                    overflown[job.name] = sum(found.overflow)
     except CheckpointError:
         _check_unchanged(models)  # which knows the file
         raise
@@ -185,21 +202,40 @@ def _run(stage: Stage, written: dict[str, Checkpoint], writer: Writer, work: _Wo
     _warn_of_overflow(stage, overflown)
 
 
-def _swept(
-    batch: Batch,
-    provider: backends.Provider,
-    cuts: Mapping[str, tuple[Cut, ...]],
-    writer: Writer,
-    work: _Work,
-) -> Iterator[tuple[Job, Found]]:
-    sweeps = measured(batch, provider, cuts, work.run)
-    places = [writer.target(job.name) for job in batch.jobs]  # holds the files open
-    targets = [
-        [Target(output_dtype(job, inputs), offset, file)]
-        for job, inputs, (file, offset) in zip(batch.jobs, batch.inputs, places, strict=True)
-    ]
-    found = provider.merge(batch.inputs, [[sweep] for sweep in sweeps], targets, work.run)
-    return zip(batch.jobs, found, strict=True)
+def _done(
+    stage: Stage, reader: Reader, cuts: Mapping[str, tuple[Cut, ...]], writer: Writer, work: _Work
+) -> Generator[tuple[Job, Found], None, None]:
+    """The jobs as they are done: by the CPU, as long as it is the choice, then by GPUs, if there are jobs left."""
+    choice, size = work.choice, partial(input_bytes, stage)
+
+    def on_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Job, Found]]:
+        for ops, mine in share_out(reader.mapped(jobs), reader, choice.backend, work.worked):
+            places = [writer.target(job.name) for job in mine.jobs]  # holds the files open
+            targets = [
+                Target(reader.dtypes(job)[-1], offset, file)
+                for job, (file, offset) in zip(mine.jobs, places, strict=True)
+            ]
+            yield from zip(mine.jobs, swept(mine, ops, cuts, targets, work.run), strict=True)
+
+    left = list(stage.jobs)
+    for jobs in in_batches(stage, stage.jobs, size, BATCH_BYTES):
+        if choice.gpu:
+            break
+        started = time.perf_counter()
+        yield from on_cpu(jobs)
+        left = left[len(jobs) :]
+        choice.after(sum(map(size, jobs)), time.perf_counter() - started, sum(map(size, left)))
+    if choice.gpu and left:
+        streamer = Streamer(
+            stage, reader, writer, cuts, choice.gpu, choice.devices, work.worked, work.gpu_memory, work.run
+        )
+        others = [job for job in left if not streamer.takes(job)]
+        if others and choice.backend != "auto":
+            backends.Ops(choice.backend, reader.dtypes(others[0]), "gpu", work.worked)  # which refuses them
+        if mine := [job for job in left if streamer.takes(job)]:
+            yield from streamer.swept(mine)
+        for jobs in in_batches(stage, others, size, BATCH_BYTES):
+            yield from on_cpu(jobs)
 
 
 def _check_unchanged(models: Sequence[Checkpoint]) -> None:

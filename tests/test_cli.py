@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import fastmerge
 from fastmerge import cli
+from fastmerge.backends import OPS
 from fastmerge.methods import METHODS
 
 LINEAR = "merge_method: linear\nmodels: [model: a, model: b]\nparameters: {weight: 0.5}\n"
@@ -125,14 +127,15 @@ def test_options_reach_the_engine(fastmerge_: Command, monkeypatch: pytest.Monke
     seen: list[Any] = []
     monkeypatch.setattr("fastmerge.engine.merge", lambda *args, **options: seen.append((args, options)))
     assert fastmerge_("merge", "linear.yml", "out", "--quiet").code == 0
-    options = "--quiet --backend torch --threads 3 --seed 9 --shard-size 2MB --overwrite --nonfinite propagate"
-    assert fastmerge_("merge", "linear.yml", "out", *options.split()).code == 0
+    options = "--quiet --backend torch --threads 3 --seed 9 --shard-size 2MB --gpu-memory 3GB --overwrite"
+    assert fastmerge_("merge", "linear.yml", "out", *options.split(), "--nonfinite", "propagate").code == 0
     paths = (Path("linear.yml"), Path("out"))
     defaults = {
         "backend": "auto",
         "threads": None,
         "seed": None,
         "shard_size": 5_000_000_000,
+        "gpu_memory": None,
         "overwrite": False,
         "nonfinite": "error",
         "progress": None,
@@ -142,6 +145,7 @@ def test_options_reach_the_engine(fastmerge_: Command, monkeypatch: pytest.Monke
         "threads": 3,
         "seed": 9,
         "shard_size": 2_000_000,
+        "gpu_memory": 3_000_000_000,
         "overwrite": True,
         "nonfinite": "propagate",
         "progress": None,
@@ -171,9 +175,10 @@ def test_a_shard_size_is_a_number_and_a_unit(
     assert seen == [size]
 
 
+@pytest.mark.parametrize("option", ["--shard-size", "--gpu-memory"])
 @pytest.mark.parametrize("text", ["", "0", "-5GB", "GB", "five", "5GiB", "5XB", "nan", "inf", "0.1", "1e999GB", "5GBB"])
-def test_a_shard_size_that_is_none_is_refused(fastmerge_: Command, text: str) -> None:
-    ended = fastmerge_("merge", "linear.yml", "out", "--shard-size", text)
+def test_a_size_that_is_none_is_refused(fastmerge_: Command, text: str, option: str) -> None:
+    ended = fastmerge_("merge", "linear.yml", "out", option, text)
     assert ended.code == 2
     assert f"{text!r} is not a size; write for example 5GB or 500MB" in ended.err
     assert not Path("out").exists()
@@ -353,6 +358,83 @@ def test_info_prints_who_runs_what(fastmerge_: Command) -> None:
     assert f"fastmerge {fastmerge.__version__}" in ended.out
 
 
+def test_info_tells_what_auto_takes_on_each_device(fastmerge_: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is a backend, what it works on, its four ops, and why it is out."""
+    pytest.importorskip("fastmerge.native", reason="compiled core not built", exc_type=ImportError)
+    monkeypatch.setitem(sys.modules, "fastmerge.cuda", Gpu())
+    monkeypatch.setattr("fastmerge.backends.ORDER", ORDER)
+    monkeypatch.setitem(sys.modules, "fastmerge.kernels.provider", None)
+    ended = fastmerge_("info")
+    rows = {cells[0]: cells[1:6] for line in ended.out.splitlines() if len(cells := cells_of(line)) > 6 and cells[0]}
+    assert rows["cpu"] == ["cpu", "auto", "auto", "auto", "can"]
+    assert rows["torch"] == ["cpu", "can", "can", "can", "auto"]
+    assert rows["cuda"] == ["gpu", "-", "auto", "auto", "auto"]
+    assert rows["triton"] == ["gpu", "-", "-", "-", "-"]
+    assert ["1", "Fast [card]", "80.0 GB"] in [cells_of(line) for line in ended.out.splitlines()]
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+ORDER = {
+    "cpu": dict.fromkeys(OPS, ("cpu", "torch")) | {"merge": ("torch", "cpu")},
+    "gpu": dict.fromkeys(OPS, ("cuda", "triton")) | {"gram": ("triton",)},
+}
+
+
+class Gpu(ModuleType):
+    """A provider with two GPUs, as far as they are shown."""
+
+    name, DTYPES = "cuda", frozenset({"F32"})
+
+    def __init__(self) -> None:
+        super().__init__("fastmerge.cuda")
+
+    def why_not(self) -> str:
+        return ""
+
+    def devices(self) -> int:
+        return 2
+
+    def device(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(name="Fast [card]", free_bytes=lambda: 80_000_000_000)
+
+
+def test_info_says_how_to_come_by_a_gpu_backend(fastmerge_: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastmerge.cuda", None)
+    ended = fastmerge_("info")
+    said = " ".join(" ".join(cells_of(line)[6:]) for line in ended.out.splitlines() if len(cells_of(line)) > 6)
+    assert "the CUDA module is not there" in said
+    assert "(reinstall fastmerge where CUDA's compiler nvcc is)" in said
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_gpu_backend_that_is_out_is_one_sentence_with_the_remedy(
+    fastmerge_: Command, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setitem(sys.modules, {"cuda": "fastmerge.cuda", "triton": "fastmerge.kernels.provider"}[backend], None)
+    ended = fastmerge_("merge", "linear.yml", "out", "--backend", backend)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"error: backend {backend} cannot run: ")
+    assert ended.err.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_the_closing_line_tells_of_a_gpu_that_was_considered(
+    fastmerge_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked = {"cpu": ("threshold",), "cuda": ("threshold", "merge")}
+    for considered, end in [
+        (True, "; cpu (threshold) + cuda (threshold, merge), 2 threads); cuda: 25.0 GB/s over the bus of it\n"),
+        (False, "; cpu (threshold) + cuda (threshold, merge), 2 threads)\n"),
+    ]:
+        why = "cuda: 25.0 GB/s over the bus of it"
+        report = fastmerge.Report(Path("out"), ("ties",), 4, 100, 50, 1.0, 0, worked, 2, why, considered)
+        monkeypatch.setattr("fastmerge.engine.merge", lambda *_, report=report, **__: report)
+        assert fastmerge_("merge", "linear.yml", "out").out.endswith(end)
+
+
 def test_info_says_why_a_backend_is_out(fastmerge_: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("fastmerge._core", "torch"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -409,7 +491,7 @@ def test_help_names_every_command_and_its_options(fastmerge_: Command) -> None:
     text = fastmerge_("--help").out
     assert all(f"  {command} " in text for command in ("demo", "info", "merge", "plan"))
     text = fastmerge_("merge", "--help").out
-    for option in ["backend", "threads", "seed", "shard-size", "overwrite", "nonfinite", "quiet"]:
+    for option in ["backend", "threads", "seed", "shard-size", "gpu-memory", "overwrite", "nonfinite", "quiet"]:
         assert f"--{option}" in text
     assert "5GB" in text
 
