@@ -104,20 +104,30 @@ def _library() -> ctypes.CDLL:
 
 
 def _disk_to_disk(threads: int, out: Path, models: Sequence[Path]) -> None:
-    """Reads each tensor of each model through our reader, writes as many bytes as one model has through our writer."""
+    """Reads each tensor of each model through our reader, writes as many bytes as one model has through our writer.
+
+    In batches of the size that a merge has, after each of which the system is told to put them on disk.
+    """
+    from fastmerge.batches import BATCH_BYTES
     from fastmerge.checkpoint import Writer, lay_out, open_checkpoint
 
     checkpoints = [open_checkpoint(model) for model in models]
     infos = checkpoints[0].tensors.values()
     layout = lay_out([(info.name, info.dtype, info.shape) for info in infos], 5_000_000_000)
     with Writer(out, layout, inputs=models, overwrite=False) as writer:
-        read = [[checkpoint.address(info.name) for checkpoint in checkpoints] for info in infos]
-        targets = [writer.target(info.name) for info in infos]
-        swept = [
-            Swept(tuple(address for address, _ in addresses), info.nbytes, offset, file)
-            for info, addresses, (file, offset) in zip(infos, read, targets, strict=True)
-        ]
-        Ceiling(swept, threads)(_TO_FILE)
+        batch: list[Swept] = []
+        names: list[str] = []
+        held = []  # what keeps the inputs mapped and the outputs open
+        for number, info in enumerate(infos, 1):
+            read = [checkpoint.address(info.name) for checkpoint in checkpoints]
+            file, offset = writer.target(info.name)
+            batch.append(Swept(tuple(address for address, _ in read), info.nbytes, offset, file))
+            names.append(info.name)
+            held += [read, file]
+            if number == len(infos) or sum(each.nbytes * len(each.inputs) for each in batch) >= BATCH_BYTES:
+                Ceiling(batch, threads)(_TO_FILE)
+                writer.written(names)
+                batch, names, held = [], [], []
         writer.commit({})
 
 

@@ -188,6 +188,22 @@ def test_a_descriptor_stays_open_as_long_as_it_is_referenced(out: Path, monkeypa
             os.fstat(number)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice")
+def test_what_is_said_to_be_written_is_put_on_disk_file_by_file(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = lay_out([*OUTPUTS, ("d", "F32", (4,))], 32)  # a and b, c and d
+    advised = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *range_and_advice: advised.append(range_and_advice))
+    with writer(out, layout) as files:
+        begins = {name: files.target(name)[1] for name in "abcd"}
+        for said in (["c"], ["b", "d", "a"], []):
+            files.written(said)
+    assert advised == [
+        (begins["c"], 16, os.POSIX_FADV_DONTNEED),
+        (begins["a"], 32, os.POSIX_FADV_DONTNEED),
+        (begins["d"], 16, os.POSIX_FADV_DONTNEED),
+    ]
+
+
 def test_more_shards_than_open_files_allowed(out: Path) -> None:
     outputs = [(f"t{number}", "F32", (4,)) for number in range(150)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -10,9 +10,11 @@ import os
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +98,10 @@ class Writer:
         self._places = {
             tensor: (shard.name, offset) for shard in layout.shards for tensor, offset in shard.offsets.items()
         }
+        self._ends: dict[tuple[str, int], int] = {}  # of the tensor that begins there
+        for shard in layout.shards:
+            begins = sorted(shard.offsets.values())
+            self._ends |= {(shard.name, at): end for at, end in zip(begins, [*begins[1:], shard.size], strict=True)}
         self._open: OrderedDict[str, Descriptor] = OrderedDict()
         self._opening = threading.Lock()
         self._made = False
@@ -141,6 +147,17 @@ class Writer:
             if len(self._open) > _KEPT_FILES:
                 self._open.popitem(last=False)
         return file, offset
+
+    def written(self, names: Iterable[str]) -> None:
+        """Says that tensors are complete: the system begins to put them on disk, and `commit` has less to wait for."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for shard, places in groupby(sorted((*self._places[name], name) for name in names), key=itemgetter(0)):
+            (_, begin, name), *rest = places
+            end = self._ends[shard, rest[-1][1] if rest else begin]
+            file, _ = self.target(name)
+            # Advice that these pages are not needed makes Linux write them back; what it drops is only what is clean.
+            os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def commit(self, sidecars: Mapping[str, bytes]) -> None:
         """Makes the output visible, with these files beside the weights.
