@@ -10,10 +10,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import emulated
 import numpy as np
 import pytest
 import test_engine
@@ -222,18 +224,45 @@ class FakeRankedCuda(FakeCuda):
         return cuts, host.merge(tensors, ranked, targets, run)
 
 
-Put = Callable[[FakeCuda], FakeCuda]
+class EmulatedCuda(ModuleType):
+    """The compiled CUDA provider on the devices that tests/cuda_emulator has: its own memory, streams and kernels."""
+
+    there: tuple[FakeDevice, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__("fastmerge.cuda")
+        self.calls: list[tuple[str, int, int]] = []  # op, device, tensors
+        self.before: Callable[[str, Run], None] = lambda op, run: None
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(emulated.provider(), name)
+        if name not in ("gram", "norms", "threshold", "merge", "merge_ranked"):
+            return found
+
+        def noted(*arguments: Any) -> Any:
+            self.calls.append((name, arguments[-1].device, len(arguments[0])))
+            self.before(name, arguments[-1])
+            return found(*arguments)
+
+        return noted
+
+
+Gpu = TypeVar("Gpu", bound="FakeCuda | EmulatedCuda")
+
+
+class Put(Protocol):
+    def __call__(self, gpu: Gpu) -> Gpu: ...
 
 
 @pytest.fixture
 def put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Put]:
     """Puts a fake in the place of the provider `cuda`; in the end all its memory must have been given back."""
-    there: list[FakeCuda] = []
+    there: list[FakeCuda | EmulatedCuda] = []
 
-    def put(fake: FakeCuda) -> FakeCuda:
-        there.append(fake)
-        monkeypatch.setitem(sys.modules, "fastmerge.cuda", fake)
-        return fake
+    def put(gpu: Gpu) -> Gpu:
+        there.append(gpu)
+        monkeypatch.setitem(sys.modules, "fastmerge.cuda", gpu)
+        return gpu
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(streaming, "SMALLEST", SMALL)
@@ -263,13 +292,15 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("fake", [FakeCuda, FakeRankedCuda], ids=["selects-then-sweeps", "in-one-call"])
+@pytest.mark.parametrize(
+    "kind", [FakeCuda, FakeRankedCuda, EmulatedCuda], ids=["selects-then-sweeps", "in-one-call", "emulated"]
+)
 @pytest.mark.parametrize("gpu_memory", [None, TINY_MEMORY], ids=["whole", "tiles"])
 @pytest.mark.parametrize("recipe", RECIPES | MORE)
 def test_a_merge_through_a_gpu_has_the_bytes_of_the_cpu(
-    recipe: str, gpu_memory: int | None, fake: type[FakeCuda], put: Put
+    recipe: str, gpu_memory: int | None, kind: type[FakeCuda | EmulatedCuda], put: Put
 ) -> None:
-    gpu = put(fake())
+    gpu = put(kind())
     save_family(positions=torch.arange(300), flags=torch.tensor([True, False]), empty=torch.zeros(0, dtype=torch.int64))
     text = (RECIPES | MORE)[recipe]
     expected = raw(merged(text, backend="cpu"))
@@ -282,8 +313,11 @@ def test_a_merge_through_a_gpu_has_the_bytes_of_the_cpu(
     assert (tiles > 10) is (gpu_memory is not None)
 
 
-def test_cuts_are_selected_in_one_call_where_nothing_else_is_wanted(put: Put) -> None:
-    gpu = put(FakeRankedCuda())
+@pytest.mark.parametrize("kind", [FakeRankedCuda, EmulatedCuda], ids=["fake", "emulated"])
+def test_cuts_are_selected_in_one_call_where_nothing_else_is_wanted(
+    kind: type[FakeRankedCuda | EmulatedCuda], put: Put
+) -> None:
+    gpu = put(kind())
     save_family()
     for text, ops in [
         (RECIPES["ties"], {"merge_ranked"}),
@@ -412,6 +446,19 @@ def test_a_gpu_without_memory_is_an_error_that_says_what_to_do(short: str, put: 
     assert_nothing_left("gpu")
 
 
+def test_a_driver_that_refuses_memory_is_told_as_one(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(EmulatedCuda())
+    save_family()
+    expected = raw(merged(RECIPES["ties"], backend="cpu"))
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_EMULATOR_MEMORY", "1")
+        with pytest.raises(BackendError, match=r"^Emulated device 0 needs 524,288 bytes to merge.*--backend cpu$"):
+            through_gpu(RECIPES["ties"], gpu_memory=1 << 30)
+    assert_nothing_left("gpu")
+    through_gpu(RECIPES["ties"], gpu_memory=1 << 30)  # the error has not stayed behind
+    assert raw(test_engine.load("gpu")) == expected
+
+
 def test_a_bound_below_what_any_merge_needs_is_an_error(put: Put) -> None:
     put(FakeCuda())
     save_family()
@@ -446,9 +493,10 @@ def test_memory_that_an_op_lacks_is_an_error_that_says_what_to_do(put: Put) -> N
 # --- several GPUs ---
 
 
-def test_gpus_take_from_one_queue(put: Put) -> None:
+@pytest.mark.parametrize("make", [partial(FakeCuda, count=2), EmulatedCuda], ids=["fake", "emulated"])
+def test_gpus_take_from_one_queue(make: Callable[[], FakeCuda | EmulatedCuda], put: Put) -> None:
     """The first does nothing until the second has done all else: a fixed share for each would never end."""
-    gpu = put(FakeCuda(count=2))
+    gpu = put(make())
     save_family()
     expected = raw(merged(RECIPES["dare_ties"], backend="cpu"))
     through_gpu(RECIPES["dare_ties"], out="counted", gpu_memory=TINY_MEMORY)

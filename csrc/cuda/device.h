@@ -77,14 +77,21 @@ struct Raw8 {
   uint4 word[2];
 };
 
+// Sixteen bytes past the first cache; `again`: another pass may find them in the second.
+template <bool again>
+__device__ __forceinline__ uint4 load16(const uint4* from) {
+  return again ? __ldcg(from) : __ldcs(from);
+}
+
 // Elements at ... at + 7 of a view, zeros from `end` on; `at` is a multiple of 8. The view's dtype is not U8.
+template <bool again = false>
 __device__ __forceinline__ Raw8 raw8(const View& view, int64_t at, int64_t end) {
   Raw8 raw = {};
   const bool wide = dtype_of(view) == DType::F32;
   const char* from = bytes_of(view, at);
   if (at + EIGHT <= end && view.address % 16 == 0) {
-    raw.word[0] = __ldcs(reinterpret_cast<const uint4*>(from));
-    if (wide) raw.word[1] = __ldcs(reinterpret_cast<const uint4*>(from) + 1);
+    raw.word[0] = load16<again>(reinterpret_cast<const uint4*>(from));
+    if (wide) raw.word[1] = load16<again>(reinterpret_cast<const uint4*>(from) + 1);
     return raw;
   }
   // Rolled up, as it is rare: a shift register keeps the words out of memory.

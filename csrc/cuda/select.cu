@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "desk.h"
-#include "select.h"
+#include "queue.h"
 
 namespace fastmerge {
 namespace {
@@ -15,51 +15,23 @@ struct Place {
 };
 
 struct Batch {
-  const Place* places;  // the large ones first
-  int large, count;
+  Queue queue;
+  const Place* places;
   const View* views;
   const int64_t* sizes;
   const int64_t* ranks;
   Cut* cuts;
-  Barrier* barrier;
-  int* taken;  // of the others, which blocks take one by one
-  Room together, alone;
-  char* workspace;  // the grid's, then each block's
 };
-
-// What a block does next; in shared memory, so that it takes no registers.
-struct Next {
-  Team team;
-  Selection in;
-  Room room;
-  char* workspace;
-  bool none;
-};
-
-// The number of the last one done, -1 before the first, is `number`; that of the next one is returned.
-__device__ int take(const Batch& batch, int number, Next& next) {
-  const bool large = ++number < batch.large;
-  if (!large) number = batch.large + atomicAdd(batch.taken, 1);
-  next.none = number >= batch.count;
-  if (next.none) return number;
-  const Place& place = batch.places[number];
-  next.in = {batch.views + place.view, batch.sizes + place.size, place.tensors,          place.models, place.inputs,
-             place.elements,           batch.ranks + place.rank, batch.cuts + place.rank};
-  next.team = {batch.barrier, large ? static_cast<int>(gridDim.x) : 1, large ? static_cast<int>(blockIdx.x) : 0};
-  next.room = large ? batch.together : batch.alone;
-  next.workspace = batch.workspace + (large ? 0 : batch.together.bytes() + blockIdx.x * batch.alone.bytes());
-  return number;
-}
 
 __global__ void __launch_bounds__(SELECT_THREADS, 2) threshold_kernel(const __grid_constant__ Batch batch) {
-  char* shared = shared_memory();
-  Next& next = *reinterpret_cast<Next*>(shared + SELECT_SHARED);
-  for (int number = -1;;) {
-    if (threadIdx.x == 0) number = take(batch, number, next);
-    sync_block();
-    if (next.none) return;
-    select(next.team, next.in, next.room, next.workspace, shared);
-  }
+  Task& task = *reinterpret_cast<Task*>(shared_memory() + SELECT_SHARED);
+  const auto selection_of = [&](int number, const Team&) -> Selection {
+    const Place& place = batch.places[number];
+    return {batch.views + place.view, batch.sizes + place.size, place.tensors,          place.models, place.inputs,
+            place.elements,           batch.ranks + place.rank, batch.cuts + place.rank};
+  };
+  if (threadIdx.x == 0) task.number = -1;
+  while (take(batch.queue, task, selection_of)) select(task);
 }
 
 // One tensor, its tables in the parameters.
@@ -82,7 +54,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, 2) single_kernel(const __grid_
   select(grid, in, single.room, single.workspace, shared_memory());
 }
 
-constexpr size_t BATCH_SHARED = SELECT_SHARED + sizeof(Next);
+constexpr size_t QUEUE_SHARED = SELECT_SHARED + sizeof(Task);
 constexpr size_t BARRIER_BYTES = 256;
 
 // No more blocks than there is work for: waiting for one another costs each of them.
@@ -100,7 +72,7 @@ void threshold(const std::vector<Group>& groups, const std::vector<const int64_t
   std::vector<View> views;
   std::vector<int64_t> sizes, wanted;
   std::vector<Place> places;
-  int64_t total = 0, work = 0;
+  int64_t work = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     const Tensor& like = groups[g].front();
     Place place = {0,
@@ -117,49 +89,30 @@ void threshold(const std::vector<Group>& groups, const std::vector<const int64_t
     }
     wanted.insert(wanted.end(), ranks[g], ranks[g] + like.models);
     places.push_back(place);
-    total += place.elements;
     work += std::max<int64_t>(tiles_in(place.elements), like.models);
   }
-  const int blocks = blocks_for(threshold_kernel, BATCH_SHARED, work);
-  // More than its share of the elements would keep one block busy while the others have nothing left to do.
-  const auto is_large = [&](const Place& place) { return place.elements > std::max<int64_t>(SAMPLES, total / blocks); };
-  const auto tiles_of = [&](const Place& place) {
-    int64_t tiles = 0;
-    for (int tensor = 0; tensor < place.tensors; ++tensor) tiles += tiles_in(sizes[place.size + tensor]);
-    return tiles;
+  const int blocks = blocks_for(threshold_kernel, QUEUE_SHARED, work);
+  const auto load_of = [&](const Place& place) {
+    Load load = {place.elements, 0, place.models};
+    for (int tensor = 0; tensor < place.tensors; ++tensor) load.tiles += tiles_in(sizes[place.size + tensor]);
+    return load;
   };
-  const auto large = std::stable_partition(places.begin(), places.end(), is_large) - places.begin();
-  const auto room_of = [&](auto begin, auto end, int team_blocks) {
-    int models = 0;
-    int64_t largest = 0, tiles = 0;
-    for (; begin != end; ++begin) {
-      models = std::max(models, begin->models);
-      largest = std::max(largest, begin->elements);
-      tiles = std::max(tiles, tiles_of(*begin));
-    }
-    return room_for(models, largest, tiles, team_blocks);
-  };
-  const Room together = room_of(places.begin(), places.begin() + large, blocks);
-  const Room alone = room_of(places.begin() + large, places.end(), 1);
+  Queue queue = queue_of(places, load_of, blocks);
 
   Desk desk(stream);
   const size_t at_places = desk.put(places), at_views = desk.put(views), at_sizes = desk.put(sizes);
   const size_t at_ranks = desk.put(wanted), at_cuts = desk.put(std::vector<Cut>(wanted.size()));
-  const size_t at_barrier = desk.put(std::vector<Barrier>(1)), at_taken = desk.put(std::vector<int>(1));
-  desk.send(together.bytes() + static_cast<size_t>(blocks) * alone.bytes());
-  const Batch batch = {desk.on_device<Place>(at_places),
-                       static_cast<int>(large),
-                       static_cast<int>(places.size()),
+  const size_t at_turn = desk.put(std::vector<Turn>(1));
+  desk.send(queue.bytes(blocks));
+  queue.turn = desk.on_device<Turn>(at_turn);
+  queue.workspace = desk.scratch();
+  const Batch batch = {queue,
+                       desk.on_device<Place>(at_places),
                        desk.on_device<View>(at_views),
                        desk.on_device<int64_t>(at_sizes),
                        desk.on_device<int64_t>(at_ranks),
-                       desk.on_device<Cut>(at_cuts),
-                       desk.on_device<Barrier>(at_barrier),
-                       desk.on_device<int>(at_taken),
-                       together,
-                       alone,
-                       desk.scratch()};
-  launch(threshold_kernel, blocks, SELECT_THREADS, BATCH_SHARED, stream, batch, large > 0);
+                       desk.on_device<Cut>(at_cuts)};
+  launch(threshold_kernel, blocks, SELECT_THREADS, QUEUE_SHARED, stream, batch, queue.large > 0);
   const Cut* found = desk.fetch<Cut>(at_cuts, wanted.size());
   for (size_t g = 0; g < groups.size(); ++g) {
     std::copy_n(found, groups[g].front().models, cuts[g]);

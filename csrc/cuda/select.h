@@ -170,11 +170,13 @@ __device__ Reached reach(int64_t items, int64_t wanted, Slate& slate, const Coun
   const int64_t each = (items + SELECT_THREADS - 1) / SELECT_THREADS;
   const int64_t from = lesser(items, each * threadIdx.x), to = lesser(items, from + each);
   int64_t mine = 0;
+#pragma unroll 1
   for (int64_t item = from; item < to; ++item) mine += count(item);
   if (threadIdx.x == 0) slate.item = items;
   int64_t before = sum_before(mine, slate);
   if (before < wanted && wanted <= before + mine) {
     int64_t item = from;
+#pragma unroll 1
     for (int64_t here; before + (here = count(item)) < wanted; ++item) before += here;
     slate.item = item;
     slate.before = before;
@@ -281,6 +283,7 @@ struct Placed {
 // The rank-th largest of the sample, by its digits of 11, 10 and 10 bits.
 __device__ inline Placed largest_of(Slate& slate, int64_t rank, int samples) {
   Placed placed = {0, 0, 0};
+#pragma unroll 1
   for (int shift = 20, bits = 11; shift >= 0; shift -= 10, bits = 10) {
     const int digits = 1 << bits;
     for (int i = threadIdx.x; i < digits; i += SELECT_THREADS) slate.digits[i] = 0;
@@ -467,12 +470,12 @@ __device__ inline Layout layout_of(const View* views, int inputs, int64_t elemen
 template <Layout layout>
 __device__ __forceinline__ Raw8 read8(const View& view, int64_t at, int64_t end) {
   if constexpr (layout == Layout::ANY) {
-    return raw8(view, at, end);
+    return raw8<true>(view, at, end);
   } else {
     Raw8 raw = {};
     const auto* from = reinterpret_cast<const uint4*>(view.address) + (layout == Layout::F32 ? at / 4 : at / 8);
-    raw.word[0] = __ldcs(from);
-    if constexpr (layout == Layout::F32) raw.word[1] = __ldcs(from + 1);
+    raw.word[0] = __ldcg(from);
+    if constexpr (layout == Layout::F32) raw.word[1] = __ldcg(from + 1);
     return raw;
   }
 }
