@@ -11,6 +11,7 @@
 #include <system_error>
 
 #include "cpu/ops.h"
+#include "records.h"
 
 namespace py = pybind11;
 using namespace fastmerge;
@@ -217,6 +218,12 @@ PYBIND11_MODULE(_core, module) {
   module.attr("SWEEP") = py::dtype::of<Sweep>();
   module.attr("PART") = py::dtype::of<Part>();
   module.attr("TARGET") = py::dtype::of<Target>();
+
+  module.def("rows", &rows);
+  module.def("views", &views);
+  module.def("sweeps", &sweeps);
+  module.def("parts", &parts);
+  module.def("targets", &targets);
 
   static py::exception<InputCut> input_cut(module, "InputCut");
   py::register_exception_translator([](std::exception_ptr pointer) {

@@ -1,7 +1,9 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .sweep import Inputs, Sweep, Target
 
 __version__: str
 ROW: np.dtype[np.void]
@@ -16,6 +18,11 @@ _Records = NDArray[np.void]
 _Tick = Callable[[int], None] | None
 
 def instruction_sets() -> dict[str, str | None]: ...
+def rows(tensors: Sequence[Inputs], /) -> _Records: ...
+def views(tensors: Sequence[Inputs], codes: dict[str, int], /) -> _Records: ...
+def sweeps(settings: Sequence[Sequence[Sweep]], /) -> _Records: ...
+def parts(settings: Sequence[Sequence[Sweep]], /) -> _Records: ...
+def targets(targets: Sequence[Sequence[Target]], codes: dict[str, int], /) -> _Records: ...
 def merge(
     rows: _Records,
     views: _Records,

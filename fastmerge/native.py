@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,8 +94,7 @@ def threshold(groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]]
     wanted = np.fromiter(chain.from_iterable(ranks), np.int64)
     with _cut_inputs():
         magnitudes, ends = _core.threshold(rows, _records.views(tensors), wanted, isa(), run.threads, run.tick)
-    cuts = iter(map(Cut, magnitudes.tolist(), ends.tolist()))
-    return [tuple(next(cuts) for _ in wanted) for wanted in ranks]
+    return _cuts(magnitudes, ends, ranks)
 
 
 def merge(
@@ -149,18 +148,22 @@ def merge_ranked(
             run.tile,
             tick and (lambda read: tick(2 * read)),
         )
-    cuts = iter(map(Cut, magnitudes.tolist(), ends.tolist()))
-    return [tuple(next(cuts) for _ in wanted) for wanted in ranks], _found(rows, *found)
+    return _cuts(magnitudes, ends, ranks), _found(rows, *found)
+
+
+def _cuts(
+    magnitudes: NDArray[np.float32], ends: NDArray[np.int64], ranks: Sequence[Sequence[int]]
+) -> list[tuple[Cut, ...]]:
+    cuts = map(Cut, magnitudes.tolist(), ends.tolist())
+    return [tuple(islice(cuts, len(wanted))) for wanted in ranks]
 
 
 def _found(
     rows: NDArray[np.void], nonfinite: NDArray[np.int64], first: NDArray[np.int64], overflow: NDArray[np.int64]
 ) -> list[Found]:
     inputs, outputs = rows["inputs"].tolist(), rows["settings"].tolist()
-    return [
-        Found(tuple(a.tolist()), tuple(b.tolist()), tuple(c.tolist()))
-        for a, b, c in zip(split(nonfinite, inputs), split(first, inputs), split(overflow, outputs), strict=True)
-    ]
+    counts = [tuple(each.tolist()) for each in (nonfinite, first, overflow)]
+    return list(map(Found, split(counts[0], inputs), split(counts[1], inputs), split(counts[2], outputs)))
 
 
 @contextmanager

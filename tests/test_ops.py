@@ -171,6 +171,16 @@ def test_merge_of_many_tensors_is_each_alone(provider: ModuleType) -> None:
             np.testing.assert_array_equal(output.bytes, wanted)
 
 
+def test_no_sweeps_write_nothing(provider: ModuleType) -> None:
+    tensors = Tensors([(np.ones(5000), "BF16")] * 2)
+    output = Memory(4 * 5000)
+    found = provider.merge(
+        [tensors.inputs] * 2, [[], [Sweep((Part(),) * 2)]], [[], [Target("F32", output.address)]], Run()
+    )
+    assert found == [Found((0, 0), (-1, -1), ()), Found((0, 0), (-1, -1), (0,))]
+    assert (decode(output.bytes, "F32") == 2).all()
+
+
 # --- merge: the numbers of the oracle ---
 
 ELECTIONS = [("none", "positive", "none")] + [
@@ -345,9 +355,11 @@ def test_found_counts_what_overflows_each_output(provider: ModuleType) -> None:
 @pytest.mark.parametrize("count", [0, 1, 4097, CROSSING])
 def test_bytes_are_copied(provider: ModuleType, count: int, skew: int) -> None:
     raw = np.random.default_rng(3).integers(0, 256, count, np.uint8)
-    ((copied,), found) = merge(provider, Tensors([(raw, "U8")], None, skew), [PLAIN], ["U8"], Run(2, 2048), skew)
-    np.testing.assert_array_equal(copied, raw)
-    assert found == Found((0,), (-1,), (0,))
+    tensors = Tensors([(raw, "U8")], None, skew)
+    copies, found = merge(provider, tensors, [PLAIN] * 2, ["U8"] * 2, Run(2, 2048), skew)
+    for copied in copies:
+        np.testing.assert_array_equal(copied, raw)
+    assert found == Found((0,), (-1,), (0, 0))
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, "U8"])
@@ -521,15 +533,18 @@ def test_threshold_of_deltas_does_not_depend_on_the_run(provider: ModuleType, ru
         check_cut(cut, delta, k)
 
 
-def test_threshold_of_a_group_is_that_of_its_tensors_end_to_end(provider: ModuleType) -> None:
+@pytest.mark.parametrize("size", [700, 70_000])
+def test_threshold_of_a_group_is_that_of_its_tensors_end_to_end(provider: ModuleType, size: int) -> None:
     rng = np.random.default_rng(8)
-    pieces = [[rng.integers(-40, 41, n) / 16 for _ in range(2)] for n in (5000, 0, 1, 70_000, 17)]
-    groups = [[Tensors([(a, "BF16"), (b, "F32")]) for a, b in pieces], [Tensors([(pieces[0][0], "F32")])]]
-    ranks = [(20_000, 60_007), (4999,)]
-    found = provider.threshold([[t.inputs for t in group] for group in groups], ranks, Run(threads=2))
+    pieces = [[rng.integers(-40, 41, n) / 16 for _ in range(3)] for n in (500, 0, 1, size, 17)]
+    group = [Tensors([(a + base, "BF16"), (b + base, "F32")], (base, "BF16")) for a, b, base in pieces]
+    alone = Tensors([(pieces[0][0], "F32")])
+    elements = size + 518
+    ranks = [(elements // 4, elements * 4 // 5), (499,)]
+    found = provider.threshold([[tensors.inputs for tensors in group], [alone.inputs]], ranks, Run(threads=2))
     for m in range(2):
         check_cut(found[0][m], np.concatenate([piece[m] for piece in pieces]), ranks[0][m])
-    check_cut(found[1][0], pieces[0][0], 4999)
+    check_cut(found[1][0], pieces[0][0], 499)
 
 
 def test_a_threshold_trims_to_exactly_its_rank(provider: ModuleType) -> None:

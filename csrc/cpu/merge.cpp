@@ -94,7 +94,9 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, c
   const Merge& merge = *tile.merge;
   const Tensor& tensor = merge.tensor;
   if (dtype_of(tensor.views[0]) == DType::U8) {
-    write_all(merge.targets[0], tile.begin, bytes_of(tensor.views[0], tile.begin), tile.end - tile.begin);
+    for (int setting = 0; setting < merge.settings; ++setting) {
+      write_all(merge.targets[setting], tile.begin, bytes_of(tensor.views[0], tile.begin), tile.end - tile.begin);
+    }
     return tile.end - tile.begin;
   }
   Scratch scratch(block, tensor.inputs);

@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 
+#include "samples.h"
 #include "tiles.h"
 
 namespace fastmerge {
@@ -82,26 +83,6 @@ void guess_at(Guess& guess, int64_t place, int64_t elements, Phase phase) {
   guess.ties_end[phase] = static_cast<int64_t>(into * static_cast<double>(elements));
 }
 
-// The samples from the first-largest to the last-largest and a few around them, descending; returns how many are
-// larger. A histogram of their upper bits leaves few to be sorted.
-int64_t largest(const uint32_t* samples, int64_t first, int64_t last, std::vector<uint32_t>& found) {
-  constexpr int SHIFT = 19;
-  int32_t bins[(INFINITE >> SHIFT) + 1] = {};
-  for (int64_t i = 0; i < SAMPLES; ++i) ++bins[samples[i] >> SHIFT];
-  int64_t skipped = 0, taken = 0;
-  uint32_t high = INFINITE >> SHIFT;
-  for (; skipped + bins[high] <= first; --high) skipped += bins[high];
-  uint32_t low = high;
-  for (taken = bins[low]; skipped + taken < last; taken += bins[low]) --low;
-  found.reserve(static_cast<size_t>(taken));
-  for (int64_t i = 0; i < SAMPLES; ++i) {
-    const uint32_t bin = samples[i] >> SHIFT;
-    if (bin >= low && bin <= high) found.push_back(samples[i]);
-  }
-  std::sort(found.begin(), found.end(), std::greater<uint32_t>());
-  return skipped;
-}
-
 void look_ahead(Ranked& ranked, const Kernels& kernels, char* block) {
   const Tensor& tensor = ranked.merge.tensor;
   const int64_t stride = tensor.elements / RUNS;
@@ -131,9 +112,13 @@ void look_ahead(Ranked& ranked, const Kernels& kernels, char* block) {
     const double share = ranked.share(model);
     const auto place = static_cast<int64_t>(share * SAMPLES);
     const auto margin = static_cast<int64_t>(MARGIN * deviation(share, SAMPLES) * SAMPLES) + 16;
-    const int64_t first = std::max<int64_t>(place - margin, 0), last = std::min(place + margin, SAMPLES);
-    const int64_t skipped = largest(samples.data() + model * SAMPLES, first, last, guess.near);
-    guess_at(guess, place - skipped, tensor.elements, AT_FIRST);
+    uint32_t* near = samples.data() + model * SAMPLES;
+    int64_t count = SAMPLES;
+    const int64_t first = std::max<int64_t>(place - margin, 0), last = std::min(place + margin, SAMPLES) - 1;
+    const int64_t larger = narrow_to(near, count, first, last);
+    guess.near.assign(near, near + count);
+    std::sort(guess.near.begin(), guess.near.end(), std::greater<uint32_t>());
+    guess_at(guess, place - larger, tensor.elements, AT_FIRST);
     int64_t distinct = 1;
     for (size_t at = 1; at < guess.near.size(); ++at) distinct += guess.near[at] != guess.near[at - 1];
     if (distinct > static_cast<int64_t>(guess.near.size()) / 4) ranked.two_reads = true;  // they are not discrete

@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "ops.h"
+#include "samples.h"
 
 namespace fastmerge {
 namespace {
@@ -18,13 +19,15 @@ constexpr int64_t TILE = 64 * CHUNK;
 constexpr int64_t RUNS = 2048, RUN = 16, SAMPLES = RUNS * RUN;  // a run of neighbours costs one cache line per input
 constexpr int64_t ALONE = 32 * TILE;                            // groups up to this size are one worker's work
 
+constexpr int UNCOUNTED = -1;  // the equals of each tile are not known
+
 struct Search {
   int64_t rank;
   bool found;
   uint32_t magnitude;
   int64_t wanted;  // how many of the `equal` elements at the magnitude are kept
   int64_t equal;
-  int guess;    // the place of the magnitude in `tally`
+  int guess;    // the place of the magnitude in `tally`; or UNCOUNTED
   Tally tally;  // of guesses, while there are any
   Census census;
 };
@@ -126,24 +129,35 @@ void guess(Tally& tally, const uint32_t* begin, const uint32_t* end) {
   std::sort(tally.value, tally.value + tally.values, std::greater<uint32_t>());
 }
 
+void found(Search& search, uint32_t magnitude, int64_t above, int64_t equal) {
+  search.found = true;
+  search.magnitude = magnitude;
+  search.wanted = search.rank - above;
+  search.equal = equal;
+}
+
 // What the sample suggests for the k-th: the magnitudes within five standard deviations of its rank.
 void bracket(Search& search, uint32_t* samples, int64_t count, int64_t elements) {
   const auto larger = std::greater<uint32_t>();
   if (count == elements) {  // not a sample, but all there is
-    std::nth_element(samples, samples + (search.rank - 1), samples + count, larger);
-    search.tally = {1, {samples[search.rank - 1]}, {}, {}};
-    return;
+    const int64_t place = search.rank - 1, gone = narrow_to(samples, count, place, place);
+    uint32_t *end = samples + count, *kth = samples + (place - gone);
+    std::nth_element(samples, kth, end, larger);
+    const int64_t above = std::count_if(samples, kth, [kth](uint32_t value) { return value > *kth; });
+    search.guess = UNCOUNTED;
+    return found(search, *kth, gone + above, std::count(samples, end, *kth));
   }
   const double share = static_cast<double>(search.rank) / static_cast<double>(elements);
   const double middle = share * static_cast<double>(count);
   const double margin = 5 * std::sqrt(middle * (1 - share)) + 5;
+  const int64_t smallest = count - 1;
   const auto first = static_cast<int64_t>(std::max(middle - margin, 0.0));
-  const auto last = static_cast<int64_t>(std::min(middle + margin, static_cast<double>(count - 1)));
-  std::nth_element(samples, samples + first, samples + count, larger);
-  std::nth_element(samples + first, samples + last, samples + count, larger);
-  std::sort(samples + first, samples + last + 1, larger);
-  search_in(search.census, last < count - 1 ? samples[last] : 0, first > 0 ? samples[first] : INFINITE);
-  guess(search.tally, samples + first, samples + last + 1);
+  const auto last = static_cast<int64_t>(std::min(middle + margin, static_cast<double>(smallest)));
+  const int64_t gone = narrow_to(samples, count, first, last);
+  std::sort(samples, samples + count, larger);
+  const uint32_t *high = samples + (first - gone), *low = samples + (last - gone);
+  search_in(search.census, last < smallest ? *low : 0, first > 0 ? *high : INFINITE);
+  guess(search.tally, high, low + 1);
 }
 
 // Small groups are looked at whole; of others one element in 64 at the most, in runs evenly apart.
@@ -171,13 +185,6 @@ void sample(const Group& group, const Kernels& kernels, Desk& desk, char* block,
   for (int model = 0; model < like.models; ++model) {
     if (!desk.searches[model].found) bracket(desk.searches[model], desk.samples + model * SAMPLES, taken, elements);
   }
-}
-
-void found(Search& search, uint32_t magnitude, int64_t above, int64_t equal) {
-  search.found = true;
-  search.magnitude = magnitude;
-  search.wanted = search.rank - above;
-  search.equal = equal;
 }
 
 // What finished counts say: the magnitude, or on which side of which guess to look next.
@@ -237,10 +244,12 @@ void count_tile(const Group& group, int64_t number, const Kernels& kernels, Desk
   Tally* tallies = reinterpret_cast<Tally*>(censuses + tensor.models);
   for (int model = 0; model < tensor.models; ++model) {
     const Search& search = desk.searches[model];
-    censuses[model] = {search.census.low, search.census.high, search.census.shift, 0, {}};
+    if (search.found) continue;
     tallies[model] = search.tally;
     std::fill_n(tallies[model].above, CANDIDATES, 0);
     std::fill_n(tallies[model].equal, CANDIDATES, 0);
+    if (search.tally.values > 0) continue;  // a census is large to clear
+    censuses[model] = {search.census.low, search.census.high, search.census.shift, 0, {}};
   }
   for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
     const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
@@ -274,19 +283,26 @@ void count_tile(const Group& group, int64_t number, const Kernels& kernels, Desk
 int64_t ties_end(const Group& group, int model, const Kernels& kernels, const Desk& desk, char* block) {
   const Search& search = desk.searches[model];
   int64_t number = 0, left = search.wanted;
-  for (; left > desk.equal(number, model, search.guess); ++number) left -= desk.equal(number, model, search.guess);
-  const Tile tile = tile_at(group, number);
-  Scratch scratch(block, tile.tensor->inputs);
-  for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
-    const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
-    kernels.deltas(*tile.tensor, at, count, true, scratch);
-    for (int i = 0; i < count; ++i) {
-      if (magnitude_of(scratch.wide[model * CHUNK + i]) == search.magnitude && --left == 0) {
-        return tile.start + (at - tile.begin) + i + 1;
+  if (search.guess != UNCOUNTED) {
+    for (; left > desk.equal(number, model, search.guess); ++number) left -= desk.equal(number, model, search.guess);
+  }
+  for (; number < tiles_of(group); ++number) {
+    const Tile tile = tile_at(group, number);
+    const Tensor& tensor = *tile.tensor;
+    const View views[] = {tensor.views[model], tensor.views[tensor.inputs - 1]};
+    const Tensor alone = {views, tensor.elements, 1, 1 + tensor.inputs - tensor.models};
+    Scratch scratch(block, alone.inputs);
+    for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
+      const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
+      kernels.deltas(alone, at, count, true, scratch);
+      for (int i = 0; i < count; ++i) {
+        if (magnitude_of(scratch.wide[i]) == search.magnitude && --left == 0) {
+          return tile.start + (at - tile.begin) + i + 1;
+        }
       }
     }
   }
-  return tile.start + (tile.end - tile.begin);
+  return elements_of(group);
 }
 
 // `over(items, do)` runs do(item, block) for each item, on this worker or on the whole crew.
@@ -300,7 +316,12 @@ void select(const Group& group, const int64_t* ranks, Cut* cuts, const Kernels& 
 
   for (int model = 0; model < models; ++model) {
     const bool bounded = ranks[model] > 0 && ranks[model] < elements;
-    desk.searches[model] = {ranks[model], !bounded, ranks[model] > 0 ? 0 : INFINITE, 0, 0, 0, {}, {}};
+    Search& search = desk.searches[model];
+    search.rank = ranks[model];
+    search.found = !bounded;
+    search.magnitude = ranks[model] > 0 ? 0 : INFINITE;
+    search.wanted = search.equal = 0;
+    search.tally = {};
   }
   const auto searching = [](const Search& search) { return !search.found; };
   if (!any(searching)) {
