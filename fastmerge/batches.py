@@ -14,7 +14,7 @@ from .sweep import Inputs, View
 #: Inputs that are measured and swept together, in bytes: small enough to be in the page cache the second time.
 BATCH_BYTES = 1 << 28
 _BATCH_JOBS = 512
-_BATCH_FILES = 16  # outputs of a batch are open together
+_BATCH_FILES = 16  # of all outputs that a batch writes to, which are open together
 
 
 @dataclass(slots=True)
@@ -33,7 +33,8 @@ def in_batches(stage: Stage, jobs: Sequence[Job], size: Callable[[Job], int], mo
     files: set[str] = set()
     filled = 0
     for job in jobs:
-        full = filled + size(job) > most or len(batch) >= _BATCH_JOBS or len(files | {file_of[job.name]}) > _BATCH_FILES
+        many = len(files) * len(job.variants) >= _BATCH_FILES and file_of[job.name] not in files
+        full = filled + size(job) > most or len(batch) >= _BATCH_JOBS or many
         if batch and full:
             yield batch
             batch, files, filled = [], set(), 0

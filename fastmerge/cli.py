@@ -36,6 +36,19 @@ def _bytes(text: str) -> int:
     return size
 
 
+def _vary(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, list[str]]:
+    """Values by parameter, of lambda=0.2,0.4 each."""
+    values: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, those = text.partition("=")
+        if not name or not equals:
+            raise click.BadParameter(f"{text!r} has no values; write for example lambda=0.2,0.4")
+        if name in values:
+            raise click.BadParameter(f"{name} is given twice; write all of its values after one --vary")
+        values[name] = [value.strip() for value in those.split(",")]
+    return values
+
+
 _recipe = click.argument("recipe", type=click.Path(path_type=Path))
 _seed = click.option("--seed", type=click.IntRange(0), help="Seed of the random drops; before the recipe's own.")
 _shard_size = click.option(
@@ -54,6 +67,13 @@ _gpu_memory = click.option(
     metavar="SIZE",
     help="Most bytes for each GPU, half on it, half pinned in the host; by default 8GB, or what it has free.",
 )
+_varied = click.option(
+    "--vary",
+    multiple=True,
+    callback=_vary,
+    metavar="NAME=VALUE,...",
+    help="Write OUT/NAME=VALUE for each value of a parameter, from one read; twice: for each combination.",
+)
 _threads = click.option("--threads", type=click.IntRange(1), help="Workers; by default one per processor.")
 
 
@@ -71,6 +91,7 @@ def main() -> None:
 @_seed
 @_shard_size
 @_gpu_memory
+@_varied
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output in OUT.")
 @click.option(
     "--nonfinite",
@@ -95,14 +116,15 @@ def merge(recipe: Path, out: Path, quiet: bool, **options: Any) -> None:
 @_recipe
 @_seed
 @_shard_size
+@_varied
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
-def plan(recipe: Path, seed: int | None, shard_size: int, as_json: bool) -> None:
+def plan(recipe: Path, as_json: bool, **options: Any) -> None:
     """Tell what merging RECIPE would read, compute and write, from headers alone."""
     with _mistakes():
         from .planner import plan as make_plan
         from .recipe import Recipe
 
-        made = make_plan(Recipe.load(recipe), seed=seed, shard_size=shard_size)
+        made = make_plan(Recipe.load(recipe), **options)
         if as_json:
             import json
 
@@ -154,10 +176,12 @@ def demo(folder: Path | None, backend: str, threads: int | None) -> None:
 
 @contextmanager
 def _mistakes(quiet: bool = False) -> Iterator[None]:
-    """Exit codes: 2 and one sentence for the user's mistakes, 130 for Ctrl-C; warnings are told as they come."""
+    """Exit codes: 2 and one sentence for the user's mistakes, 130 for Ctrl-C; warnings are told as they come, once."""
+    told = set()
 
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
-        if not quiet:
+        if not quiet and str(message) not in told:
+            told.add(str(message))
             click.secho(f"warning: {_printable(str(message))}", fg="yellow", err=True)
 
     with warnings.catch_warnings():
@@ -195,9 +219,10 @@ def _bar(quiet: bool) -> Iterator[Progress | None]:
 
 
 def _closing(report: Report) -> str:
+    outputs = f"{len(report.outputs)} outputs, " if report.outputs != (report.out,) else ""
     peak = f", {_size(report.peak_anonymous_bytes)} of memory" if report.peak_anonymous_bytes else ""
     return (
-        f"{_printable(str(report.out))}: {' + '.join(report.methods)} of {report.tensors:,} tensors, "
+        f"{_printable(str(report.out))}: {outputs}{' + '.join(report.methods)} of {report.tensors:,} tensors, "
         f"read {_size(report.bytes_read)}, wrote {_size(report.bytes_written)} in {report.seconds:.2f} s "
         f"({report.gigabytes_per_second:.1f} GB/s; "
         f"{_who(report)}, {report.threads} threads{peak})"
@@ -233,6 +258,9 @@ def _show_plan(made: Plan) -> None:
         for (name, *rest), times in Counter(map(_kind, stage.jobs)).items():
             table.add_row(Text(_printable(name)), f"x {times}" if times > 1 else "", *rest)
         Console().print(table)
+    for variant in made.variants:
+        if variant.name:
+            click.echo(f"  output {variant.name}: {_size(made.stages[-1].bytes_written)}")
     click.echo(f"reads {_size(made.bytes_read)}, writes {_size(made.bytes_written)}")
 
 

@@ -8,23 +8,25 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from . import backends
 from .batches import BATCH_BYTES, Reader, in_batches, input_bytes, share_out
 from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
 from .choice import Choice
 from .errors import CheckpointError, FastmergeWarning, NonFiniteError, OutputError
-from .measures import model_cuts, swept
+from .measures import Cuts, model_cuts, swept
 from .methods import Base
 from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
 from .planner import plan as make_plan
 from .recipe import Recipe
 from .streaming import Streamer
-from .sweep import Cut, Found, Run, Target
+from .sweep import Found, Run, Target
+from .vary import Vary
 
 Progress = Callable[[int, int], None]
 
@@ -34,10 +36,11 @@ class Report:
     """What a merge did."""
 
     out: Path
+    outputs: tuple[Path, ...]  # the folders written: `out`, or those in it where parameters varied
     methods: tuple[str, ...]
     tensors: int
     bytes_read: int  # the inputs, each once
-    bytes_written: int
+    bytes_written: int  # of all outputs
     seconds: float
     peak_anonymous_bytes: int  # memory that is not a mapped file; 0 where the system doesn't tell
     worked: Mapping[str, tuple[str, ...]]  # by provider, the ops that it ran; empty where bytes were only copied
@@ -67,9 +70,10 @@ def merge(
     gpu_memory: int | None = None,
     overwrite: bool = False,
     nonfinite: str = "error",
+    vary: Vary = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> Report:
-    """Merges the models of a recipe into a new checkpoint folder.
+    """Merges the models of a recipe into a new checkpoint folder, or into several from one read.
 
     Args:
         recipe: a `Recipe`, or the path of its YAML file.
@@ -81,8 +85,11 @@ def merge(
         shard_size: the most bytes of tensors in one file.
         gpu_memory: the most bytes that are taken for each GPU, half of them on it, half pinned in the host's memory; by
             default 8 GB, or what the GPU has free where that is less.
-        overwrite: replace an earlier output in `out`.
+        overwrite: replace an earlier output in `out`, or in a folder of it that `vary` names.
         nonfinite: "error", or "propagate": NaN and Inf in the inputs go where the arithmetic takes them.
+        vary: values of parameters of the recipe's result, as in ``{"lambda": [0.2, 0.4]}``. Each, or each combination
+            where there are several parameters, gives an output of its own in `out`, in a folder such as
+            ``lambda=0.2``, as a merge of the recipe with that value would.
         progress: called with (bytes done, bytes in all) about twenty times a second, on this thread.
 
     Raises:
@@ -94,31 +101,38 @@ def merge(
     started = time.perf_counter()
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
-    plan = make_plan(recipe, seed=seed, shard_size=shard_size)
+    plan = make_plan(recipe, seed=seed, shard_size=shard_size, vary=vary)
     watch = _Watch(plan, progress)
     worked: backends.Worked = {}
     work = _Work(
         Choice(backend, worked), worked, threads or backends.threads(), gpu_memory, nonfinite == "propagate", watch
     )
-    folder = Path(out)
     inputs = [model.path for stage in plan.stages for model in stage.models if isinstance(model, Checkpoint)]
-    result = plan.stages[-1]
+    *before, result = plan.stages
     options = ("" if seed is None else f" --seed {seed}") + (
         "" if shard_size == SHARD_SIZE else f" --shard-size {shard_size}"
     )
-    with _disk(folder), Writer(folder, result.layout, inputs=inputs, overwrite=overwrite) as writer:
+    folders = {variant.name: Path(out, variant.name) for variant in plan.variants}
+    with _disk(Path(out)), _folder(Path(out)), ExitStack() as opened:
+        writers = {
+            name: opened.enter_context(Writer(folder, result.layout, inputs=inputs, overwrite=overwrite))
+            for name, folder in folders.items()
+        }
         written: dict[str, Checkpoint] = {}
-        for number, stage in enumerate(plan.stages[:-1]):
-            place = folder / STAGES / str(number)  # its name is the user's, and may be any text
+        for number, stage in enumerate(before):
+            place = next(iter(folders.values())) / STAGES / str(number)  # its name is the user's, and may be any text
             with Writer(place, stage.layout, inputs=(), overwrite=False) as between:
-                _run(stage, written, between, work)
-                between.commit(_sidecars(stage, recipe, place, options))
+                _run(stage, written, {"": between}, work)
+                between.commit(_sidecars(stage, recipe.text, place, options))
             written[str(stage.name)] = open_checkpoint(place)
-        _run(result, written, writer, work)
+        _run(result, written, writers, work)
         watch.finish()
-        writer.commit(_sidecars(result, recipe, folder, options))
+        for variant in plan.variants:
+            files = _sidecars(result, variant.text, folders[variant.name], options)
+            writers[variant.name].commit(files)
     return Report(
-        folder,
+        Path(out),
+        tuple(folders.values()),
         tuple(dict.fromkeys(stage.document.method.name for stage in plan.stages)),
         sum(len(stage.jobs) for stage in plan.stages),
         plan.bytes_read,
@@ -130,6 +144,18 @@ def merge(
         work.choice.reason,
         work.choice.considered,
     )
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Made for the outputs in it, the folder goes again where there are none."""
+    made = not os.path.lexists(out)
+    try:
+        yield
+    finally:
+        if made:
+            with suppress(OSError):
+                out.rmdir()
 
 
 @contextmanager
@@ -181,41 +207,46 @@ class _Work:
         return Run(self.threads, tick=self.watch.tick)
 
 
-def _run(stage: Stage, written: dict[str, Checkpoint], writer: Writer, work: _Work) -> None:
-    """Does all jobs of a stage, then makes sure that no input changed meanwhile."""
+def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Writer], work: _Work) -> None:
+    """Does all jobs of a stage, whose outputs have a name each, then makes sure that no input changed meanwhile."""
     models = [written[model.name] if isinstance(model, Planned) else model for model in stage.models]
     _warn_of_no_deltas(stage, models)
-    overflown: dict[str, int] = {}
+    overflown: dict[str, dict[str, int]] = {name: {} for name in outputs}
     try:
         reader = Reader(models, work.propagate)
         cuts = model_cuts(stage, reader, work.choice.backend, work.worked, work.run)
-        with closing(_done(stage, reader, cuts, writer, work)) as done:
+        with closing(_done(stage, reader, cuts, list(outputs.values()), work)) as done:
             for job, found in done:
                 if sum(found.nonfinite) and not work.propagate:
                     raise _nonfinite(job, found, models)
-                if sum(found.overflow):
-                    overflown[job.name] = sum(found.overflow)
+                for elements, count in zip(overflown.values(), found.overflow, strict=True):
+                    if count:
+                        elements[job.name] = count
     except CheckpointError:
         _check_unchanged(models)  # which knows the file
         raise
     _check_unchanged(models)
-    _warn_of_overflow(stage, overflown)
+    for name, elements in overflown.items():
+        _warn_of_overflow(stage, name, elements)
 
 
 def _done(
-    stage: Stage, reader: Reader, cuts: Mapping[str, tuple[Cut, ...]], writer: Writer, work: _Work
+    stage: Stage, reader: Reader, cuts: Cuts, writers: Sequence[Writer], work: _Work
 ) -> Generator[tuple[Job, Found], None, None]:
     """The jobs as they are done: by the CPU, as long as it is the choice, then by GPUs, if there are jobs left."""
     choice, size = work.choice, partial(input_bytes, stage)
 
     def on_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Job, Found]]:
         for ops, mine in share_out(reader.mapped(jobs), reader, choice.backend, work.worked):
-            places = [writer.target(job.name) for job in mine.jobs]  # holds the files open
+            places = [[writer.target(job.name) for writer in writers] for job in mine.jobs]  # holds the files open
             targets = [
-                Target(reader.dtypes(job)[-1], offset, file)
-                for job, (file, offset) in zip(mine.jobs, places, strict=True)
+                [Target(reader.dtypes(job)[-1], offset, file) for file, offset in each]
+                for job, each in zip(mine.jobs, places, strict=True)
             ]
-            yield from zip(mine.jobs, swept(mine, ops, cuts, targets, work.run), strict=True)
+            found = swept(mine, ops, cuts, targets, work.run)
+            for writer in writers:
+                writer.written(job.name for job in mine.jobs)
+            yield from zip(mine.jobs, found, strict=True)
 
     left = list(stage.jobs)
     for jobs in in_batches(stage, stage.jobs, size, BATCH_BYTES):
@@ -227,7 +258,7 @@ def _done(
         choice.after(sum(map(size, jobs)), time.perf_counter() - started, sum(map(size, left)))
     if choice.gpu and left:
         streamer = Streamer(
-            stage, reader, writer, cuts, choice.gpu, choice.devices, work.worked, work.gpu_memory, work.run
+            stage, reader, writers, cuts, choice.gpu, choice.devices, work.worked, work.gpu_memory, work.run
         )
         others = [job for job in left if not streamer.takes(job)]
         if others and choice.backend != "auto":
@@ -273,26 +304,27 @@ def _warn_of_no_deltas(stage: Stage, models: Sequence[Checkpoint]) -> None:
         )
 
 
-def _warn_of_overflow(stage: Stage, overflown: Mapping[str, int]) -> None:
+def _warn_of_overflow(stage: Stage, output: str, overflown: Mapping[str, int]) -> None:
     if overflown:
         worst = max(overflown, key=overflown.__getitem__)
         dtypes = " and ".join(sorted({job.dtype for job in stage.jobs}))
         warnings.warn(
-            f"{sum(overflown.values()):,} elements in {len(overflown)} tensors became infinite in {dtypes}, "
+            f"{output + ': ' if output else ''}{sum(overflown.values()):,} elements in {len(overflown)} tensors "
+            f"became infinite in {dtypes}, "
             f"{overflown[worst]:,} of them in {worst!r}; a wider out_dtype holds them",
             FastmergeWarning,
             stacklevel=2,
         )
 
 
-def _sidecars(stage: Stage, recipe: Recipe, out: Path, options: str) -> dict[str, bytes]:
+def _sidecars(stage: Stage, text: str, out: Path, options: str) -> dict[str, bytes]:
     from . import __version__
 
     method, base = stage.document.method, stage.document.base_model
     return sidecars(
         stage.donor,
         stage.config_changes,
-        recipe.text,
+        text,
         method=method.name,
         paper=method.paper,
         models=[model.name for model in stage.models],

@@ -4,55 +4,70 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from . import backends
 from .batches import Batch, Reader
-from .methods import Measured, ranks, rescale_of
+from .methods import Measured, Settings, ranks, rescale_of
 from .planner import Job, Stage
-from .sweep import Cut, Found, Keep, Part, Rescale, Run, Sweep, Target
+from .sweep import Cut, Found, Inputs, Keep, Part, Rescale, Run, Sweep, Target
+
+#: By the name of a job: of each variant the cuts of its whole model, or none where each tensor has its own.
+Cuts = Mapping[str, Sequence[tuple[Cut, ...]]]
 
 _IDENTITY = Sweep((Part(),))
 #: A cut that no selection finds: what becomes of it shows whether a method takes its cuts as they come.
 _PROBE = Cut(0.5, -2)
 
 
-def swept(
-    batch: Batch, ops: backends.Ops, cuts: Mapping[str, tuple[Cut, ...]], targets: Sequence[Target], run: Run
-) -> list[Found]:
+def swept(batch: Batch, ops: backends.Ops, cuts: Cuts, targets: Sequence[Sequence[Target]], run: Run) -> list[Found]:
     """Measures and sweeps each job; at one go where its cuts are all that it wants to know, and the provider can."""
-    probed = {i: _probed(job) for i, job in enumerate(batch.jobs) if ops.ranks and job.name not in cuts}
-    ranked = {i: sweep for i, sweep in probed.items() if sweep}
+    numbered = enumerate(zip(batch.jobs, batch.inputs, strict=True))
+    probed = {i: _probed(job, inputs) for i, (job, inputs) in numbered if ops.ranks and job.name not in cuts}
+    ranked = {i: sweeps for i, sweeps in probed.items() if sweeps}
     rest = [i for i in range(len(batch.jobs)) if i not in ranked]
     found = ops.merge_ranked(
         [batch.inputs[i] for i in ranked],
-        [[sweep] for sweep in ranked.values()],
+        list(ranked.values()),
         [ranks(batch.jobs[i].settings, batch.inputs[i].elements) for i in ranked],
-        [[targets[i]] for i in ranked],
+        [targets[i] for i in ranked],
         run,
     )
     others = Batch([batch.jobs[i] for i in rest], [batch.inputs[i] for i in rest], batch.owners)
-    sweeps = measured(others, ops, cuts, run)
-    found += ops.merge(others.inputs, [[sweep] for sweep in sweeps], [[targets[i]] for i in rest], run)
+    found += ops.merge(others.inputs, measured(others, ops, cuts, run), [targets[i] for i in rest], run)
     by_place = dict(zip([*ranked, *rest], found, strict=True))
     return [by_place[i] for i in range(len(batch.jobs))]
 
 
-def measured(batch: Batch, provider: backends.Ops, cuts: Mapping[str, tuple[Cut, ...]], run: Run) -> list[Sweep]:
-    """The sweep of each job, after whatever its method wants to know of the tensors."""
-    sweeps = [_IDENTITY] * len(batch.jobs)
-    selecting = [i for i, job in enumerate(batch.jobs) if _selects(job) and job.name not in cuts]
-    found = provider.threshold(
-        [[batch.inputs[i]] for i in selecting],
-        [ranks(batch.jobs[i].settings, batch.inputs[i].elements) for i in selecting],
-        run,
-    )
-    chosen = dict(zip(selecting, found, strict=True))
+def measured(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> list[list[Sweep]]:
+    """The sweeps of each job, one per variant, after whatever its method wants to know of the tensors."""
+    chosen = _selected(batch, provider, cuts, run)
     products = _gram(batch, provider, run)
-    for i, job in enumerate(batch.jobs):
-        if not job.copy:
-            measured = Measured(cuts.get(job.name) or chosen.get(i, ()), products.get(i, ()))
-            sweeps[i] = job.method.sweep(job.settings, measured)
+    sweeps = [
+        [
+            _IDENTITY if job.copy else job.method.sweep(settings, Measured(each, products.get(i, ())))
+            for settings, each in zip(job.variants, chosen[i], strict=True)
+        ]
+        for i, job in enumerate(batch.jobs)
+    ]
     return _rescaled(batch, sweeps, provider, run)
+
+
+def _selected(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> list[list[tuple[Cut, ...]]]:
+    """Of each job and variant the cuts, where its method wants some: one selection for all variants of equal ranks."""
+    jobs = range(len(batch.jobs))
+    given = [cuts.get(job.name) or ((),) * len(job.variants) for job in batch.jobs]
+    wanted = [
+        [
+            ranks(settings, inputs.elements) if _selects(job) and not has else ()
+            for settings, has in zip(job.variants, given[i], strict=True)
+        ]
+        for i, (job, inputs) in enumerate(zip(batch.jobs, batch.inputs, strict=True))
+    ]
+    once = list(dict.fromkeys((i, each) for i in jobs for each in wanted[i] if each))
+    found = provider.threshold([[batch.inputs[i]] for i, _ in once], [each for _, each in once], run)
+    chosen = dict(zip(once, found, strict=True))
+    return [[has or chosen.get((i, each), ()) for has, each in zip(given[i], wanted[i], strict=True)] for i in jobs]
 
 
 def _gram(batch: Batch, provider: backends.Ops, run: Run) -> dict[int, list[list[float]]]:
@@ -61,60 +76,74 @@ def _gram(batch: Batch, provider: backends.Ops, run: Run) -> dict[int, list[list
     return {i: products.tolist() for i, products in zip(wanted, found, strict=True)}
 
 
-def _rescaled(batch: Batch, sweeps: list[Sweep], provider: backends.Ops, run: Run) -> list[Sweep]:
+def _rescaled(batch: Batch, sweeps: list[list[Sweep]], provider: backends.Ops, run: Run) -> list[list[Sweep]]:
     """Where a method matches norms: each part's rescale becomes the norm before `Keep` over the norm after it."""
-    matched = {i: rescale_of(job.method, job.settings) for i, job in enumerate(batch.jobs) if not job.copy}
-    wanted = [i for i, rescale in matched.items() if rescale is not Rescale.NONE]
-    found = provider.norms([batch.inputs[i] for i in wanted], [sweeps[i] for i in wanted], run)
-    for i, norms in zip(wanted, found, strict=True):
-        column = int(matched[i]) - 1
+    matched = {
+        (i, k): rescale
+        for i, job in enumerate(batch.jobs)
+        for k, settings in enumerate(job.variants)
+        if not job.copy and (rescale := rescale_of(job.method, settings)) is not Rescale.NONE
+    }
+    kept = {(i, k): (i, _kept(sweeps[i][k])) for i, k in matched}
+    once = list(dict.fromkeys(kept.values()))
+    found = provider.norms([batch.inputs[i] for i, _ in once], [sweep for _, sweep in once], run)
+    norms = dict(zip(once, found, strict=True))
+    for (i, k), rescale in matched.items():
+        column = int(rescale) - 1
         parts = [
             dataclasses.replace(part, rescale=before / after if before >= 1e-7 and after >= 1e-7 else 1.0)
-            for part, (before, after) in zip(sweeps[i].parts, norms[:, :, column].tolist(), strict=True)
+            for part, (before, after) in zip(sweeps[i][k].parts, norms[kept[i, k]][:, :, column].tolist(), strict=True)
         ]
-        sweeps[i] = dataclasses.replace(sweeps[i], parts=tuple(parts))
+        sweeps[i][k] = dataclasses.replace(sweeps[i][k], parts=tuple(parts))
     return sweeps
+
+
+def _kept(sweep: Sweep) -> Sweep:
+    """What a sweep keeps, without what it makes of it: the norms of two that keep the same are equal."""
+    return Sweep(tuple(dataclasses.replace(part, weight=1.0) for part in sweep.parts), sweep.keep)
 
 
 def _selects(job: Job) -> bool:
     return job.method.selects and not job.copy
 
 
-def _probed(job: Job) -> Sweep | None:
-    """The sweep of a job that wants to know its cuts only and takes them as they come; they are left open in it."""
-    if not _selects(job) or job.method.gram or rescale_of(job.method, job.settings) is not Rescale.NONE:
+def _probed(job: Job, inputs: Inputs) -> list[Sweep] | None:
+    """The sweeps of a job that wants to know its cuts only and takes them as they come; they are left open in them."""
+    rescaled = any(rescale_of(job.method, settings) is not Rescale.NONE for settings in job.variants)
+    if not _selects(job) or job.method.gram or rescaled:
         return None
-    sweep = job.method.sweep(job.settings, Measured((_PROBE,) * len(job.inputs)))
-    as_they_come = all(Cut(part.magnitude, part.ties_end) == _PROBE for part in sweep.parts)
-    return sweep if sweep.keep is Keep.ABOVE and as_they_come else None
+    if len({ranks(settings, inputs.elements) for settings in job.variants}) > 1:
+        return None
+    probe = Measured((_PROBE,) * len(job.inputs))
+    sweeps = [job.method.sweep(settings, probe) for settings in job.variants]
+    as_they_come = all(Cut(part.magnitude, part.ties_end) == _PROBE for sweep in sweeps for part in sweep.parts)
+    return sweeps if as_they_come and all(sweep.keep is Keep.ABOVE for sweep in sweeps) else None
 
 
-def model_cuts(
-    stage: Stage, reader: Reader, backend: str, worked: backends.Worked, run: Run
-) -> dict[str, tuple[Cut, ...]]:
+def model_cuts(stage: Stage, reader: Reader, backend: str, worked: backends.Worked, run: Run) -> Cuts:
     """`scope: model`: one selection over all tensors of a model, told to each tensor in its own indices.
 
     On the CPU whatever the backend: no memory but that of mapped files holds a whole model.
     """
-    jobs = [job for job in stage.jobs if _selects(job) and job.settings.shared.get("scope") == "model"]
+    jobs = [job for job in stage.jobs if _selects(job) and any(map(_of_model, job.variants))]
     if not jobs:
         return {}
     batch = reader.mapped(jobs)
     dtypes = {view.dtype for inputs in batch.inputs for view in inputs.views}
     ops = backends.Ops(backend if backends.device_of(backend) == "cpu" else "auto", dtypes, "cpu", worked)
-    cuts: dict[str, list[Cut]] = {job.name: [] for job in jobs}
-    for place in sorted({source.model for job in jobs for source in job.inputs}):
-        parts = [
-            (job, inputs._replace(models=(inputs.models[at],)), dataclasses.replace(job.settings, models=(own,)))
-            for job, inputs in zip(jobs, batch.inputs, strict=True)
-            for at, (source, own) in enumerate(zip(job.inputs, job.settings.models, strict=True))
-            if source.model == place
-        ]
-        group = [inputs for _, inputs, _ in parts]
-        wanted = ranks(parts[0][2], sum(inputs.elements for inputs in group))  # the plan saw to it: one density
-        ((cut,),) = ops.threshold([group], [wanted], run)
-        start = 0
-        for job, inputs, _ in parts:
-            cuts[job.name].append(Cut(cut.magnitude, max(0, cut.ties_end - start)))
-            start += inputs.elements
-    return {name: tuple(each) for name, each in cuts.items()}
+    starts = list(accumulate((inputs.elements for inputs in batch.inputs), initial=0))
+    wanted = [  # the plan saw to it: each variant is the same for all tensors, which are of the same models
+        ranks(settings, starts[-1]) if _of_model(settings) else () for settings in jobs[0].variants
+    ]
+    chosen = {}
+    for at, rank in dict.fromkeys(pair for each in wanted for pair in enumerate(each)):
+        alone = [inputs._replace(models=(inputs.models[at],)) for inputs in batch.inputs]
+        (((magnitude, end),),) = ops.threshold([alone], [(rank,)], run)
+        chosen[at, rank] = [Cut(magnitude, max(0, end - start)) for start in starts]
+    return {
+        job.name: [tuple(chosen[pair][i] for pair in enumerate(each)) for each in wanted] for i, job in enumerate(jobs)
+    }
+
+
+def _of_model(settings: Settings) -> bool:
+    return settings.shared.get("scope") == "model"

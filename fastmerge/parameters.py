@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .errors import FastmergeWarning
-from .marked import Marked, meant
+from .errors import FastmergeWarning, RecipeError
+from .marked import Marked, documents, meant, printable
 from .methods import DROP_RATE, KNOWN, Method, Parameter, Value
 
 
@@ -55,18 +55,39 @@ def read_parameters(fields: Mapping[str, Marked], method: Method, own: bool = Fa
             raise at.error(f"unknown parameter {name!r}{meant(name, KNOWN)}")
         if name == DROP_RATE and "density" in written:
             raise at.error("drop_rate and density are both given; drop_rate is 1 - density, keep one")
-        parameter = method.parameter("density" if name == DROP_RATE else name)
+        parameter = _parameter(name, method)
         if parameter is None:
             continue
         if own and not parameter.per_model:
             fault = f"{name} is one for all models and has no effect here; move it to the recipe's parameters"
             warnings.warn(f"{at.place}: {fault}", FastmergeWarning, stacklevel=2)
             continue
-        conditions = _conditions(at, parameter)
-        if name == DROP_RATE:
-            conditions = [condition._replace(values=_densities(condition.values)) for condition in conditions]
+        conditions = [
+            condition._replace(values=_densities(condition.values)) if name == DROP_RATE else condition
+            for condition in _conditions(at, parameter)
+        ]
         settings[parameter.name] = Setting(parameter, tuple(conditions), at.place)
     return settings
+
+
+def setting_of(name: str, text: str, method: Method) -> Setting:
+    """The setting of one value, written as text, for all tensors; what is wrong with it is said of ``name=text``."""
+    place = printable(f"{name}={text}")
+    if name not in KNOWN:
+        raise RecipeError(f"unknown parameter {name!r}{meant(name, KNOWN)}", place)
+    parameter = _parameter(name, method)
+    if parameter is None:
+        names = ", ".join(parameter.name for parameter in method.parameters) or "none"
+        raise RecipeError(f"{method.name} has no parameter {name}; it has {names}", place)
+    read = [_scalar(at, parameter) for at in documents(text, place)]
+    if len(read) != 1 or read[0] is None:
+        raise RecipeError(f"{name} must be {_wanted(parameter)}, not {text!r}", place)
+    values = _densities((read[0],)) if name == DROP_RATE else (read[0],)
+    return Setting(parameter, (Condition(None, values, place),), place)
+
+
+def _parameter(name: str, method: Method) -> Parameter | None:
+    return method.parameter("density" if name == DROP_RATE else name)
 
 
 def _densities(drop_rates: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -97,15 +118,20 @@ def _values(at: Marked, parameter: Parameter) -> tuple[Value, ...]:
 
 
 def _value(at: Marked, parameter: Parameter) -> Value:
+    value = _scalar(at, parameter)
+    if value is None:
+        raise at.error(f"{parameter.name} must be {_wanted(parameter)}, not {at.said()}")
+    return value
+
+
+def _scalar(at: Marked, parameter: Parameter) -> Value:
+    """The value, None where the parameter does not take it."""
     if parameter.kind is float:
         number = at.number()
-        if number is not None and parameter.low <= number <= parameter.high:
-            return number
-    elif isinstance(at.value, str) and at.value in parameter.words:
+        return number if number is not None and parameter.low <= number <= parameter.high else None
+    if isinstance(at.value, str) and at.value in parameter.words:
         return at.value
-    elif parameter.kind is bool and str(at.value).lower() in _FLAGS:
-        return _FLAGS[str(at.value).lower()]
-    raise at.error(f"{parameter.name} must be {_wanted(parameter)}, not {at.said()}")
+    return _FLAGS.get(str(at.value).lower()) if parameter.kind is bool else None
 
 
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from . import configs, layers
@@ -18,6 +19,7 @@ from .methods import METHODS, Base, Method, Settings, rescale_of
 from .recipe import Document, Model, Module, Recipe, Slice
 from .settings import Resolver
 from .sweep import Rescale
+from .vary import Variant, Vary, variants
 
 SHARD_SIZE = 5_000_000_000
 
@@ -31,8 +33,8 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One output tensor. `inputs` are the models that take part, in recipe order, an endpoint base first; `base` is
-    what deltas are taken from. A `copy` has one input, whose bytes are the output's."""
+    """One tensor of each output. `inputs` are the models that take part, in recipe order, an endpoint base first;
+    `base` is what deltas are taken from. A `copy` has one input, whose bytes are the outputs'."""
 
     name: str
     dtype: str
@@ -40,8 +42,13 @@ class Job:
     inputs: tuple[Source, ...]
     base: Source | None
     method: Method
-    settings: Settings
+    variants: tuple[Settings, ...]  # one per output
     copy: bool = False
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the first output."""
+        return self.variants[0]
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -53,14 +60,16 @@ class Job:
         """How often the inputs are read: once, and once more for each thing that the method measures first."""
         if self.copy:
             return 1
-        matches_norms = rescale_of(self.method, self.settings) is not Rescale.NONE
-        return 1 + self.method.selects + self.method.gram + matches_norms
+        matching = [settings for settings in self.variants if rescale_of(self.method, settings) is not Rescale.NONE]
+        selections = len(_densities(self.variants)) if self.method.selects else 0
+        return 1 + selections + self.method.gram + len(_densities(matching))
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One document of the recipe. `donor` gives config and tokenizer files; `config_changes` are the keys of its
-    config.json that change, a nested config such as text_config as a whole."""
+    config.json that change, a nested config such as text_config as a whole. Where the document varies, its outputs have
+    all of this in common."""
 
     name: str | None
     document: Document
@@ -78,6 +87,7 @@ class Stage:
 
     @property
     def bytes_written(self) -> int:
+        """Bytes of one output."""
         return sum(shard.size for shard in self.layout.shards)
 
 
@@ -100,9 +110,10 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All stages of a recipe in order, the result last."""
+    """All stages of a recipe in order, the result last, of which there is one output per variant."""
 
     stages: tuple[Stage, ...]
+    variants: tuple[Variant, ...]
 
     @property
     def bytes_read(self) -> int:
@@ -111,24 +122,34 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(stage.bytes_written for stage in self.stages)
+        *before, result = self.stages
+        return sum(stage.bytes_written for stage in before) + len(self.variants) * result.bytes_written
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data for json.dumps."""
         return {
             "stages": [_stage_json(stage) for stage in self.stages],
+            "outputs": [variant.name for variant in self.variants],
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
         }
 
 
-def plan(recipe: Recipe, *, seed: int | None = None, shard_size: int = SHARD_SIZE) -> Plan:
-    """Plans a merge from headers and configs. `seed` goes before the recipe's own (default 0); `shard_size` in bytes.
+def plan(
+    recipe: Recipe,
+    *,
+    seed: int | None = None,
+    shard_size: int = SHARD_SIZE,
+    vary: Vary = MappingProxyType({}),
+) -> Plan:
+    """Plans a merge from headers and configs. `seed` goes before the recipe's own (default 0); `shard_size` in bytes;
+    with `vary` there is one output per combination of the values that parameters take.
 
     An output has the recipe's `out_dtype`, else its `dtype`, else the dtype that holds all of its inputs (BF16 with F16
     gives F32). Raises `RecipeError`, `CheckpointError`, or `MismatchError` with the first 20 reasons why the models do
     not fit one another; a `FastmergeWarning` tells of what is odd but defined.
     """
+    varied = variants(recipe, vary)
     opened: dict[Model, Checkpoint | Planned] = {}
     stages: list[Stage] = []
     for document in recipe.documents:
@@ -136,11 +157,22 @@ def plan(recipe: Recipe, *, seed: int | None = None, shard_size: int = SHARD_SIZ
             if model.path is not None and model not in opened:
                 opened[model] = open_checkpoint(model.path)
         own = seed if seed is not None else document.seed or 0
-        stage = _Planner(document, {model: opened[model] for model in document.models}, own).stage(shard_size)
+        result = document is recipe.documents[-1]
+        planner = _Planner(
+            [variant.document for variant in varied] if result else [document],
+            {model: opened[model] for model in document.models},
+            own,
+        )
+        stage = planner.stage(shard_size)
         stages.append(stage)
         if document.name is not None:
             opened[Model(document.name, None)] = Planned(document.name, stage)
-    return Plan(tuple(stages))
+    return Plan(tuple(stages), varied)
+
+
+def _densities(variants: Iterable[Settings]) -> set[tuple[Any, ...]]:
+    """The different densities of the models, each of which is measured for itself."""
+    return {tuple(model.get("density") for model in settings.models) for settings in variants}
 
 
 def _info(job: Job, begin: int) -> TensorInfo:
@@ -168,7 +200,7 @@ def _stage_json(stage: Stage) -> dict[str, Any]:
                 "base": None if job.base is None else source(job.base),
                 "passes": job.passes,
                 "method": "copy" if job.copy else job.method.name,
-                "parameters": {} if job.copy else dict(job.settings.shared),
+                "parameters": {} if job.copy else dict(job.settings.shared),  # of the first output
                 "model_parameters": [] if job.copy else [dict(model) for model in job.settings.models],
             }
             for job in stage.jobs
@@ -185,10 +217,11 @@ _AS_IT_IS = Settings({}, ({"scale": None},))
 
 
 class _Planner:
-    """Plans one document."""
+    """Plans one document, given as often as it has variants, whose `parameters` alone differ."""
 
-    def __init__(self, document: Document, models: Mapping[Model, Checkpoint | Planned], seed: int) -> None:
-        self.document = document
+    def __init__(self, documents: Sequence[Document], models: Mapping[Model, Checkpoint | Planned], seed: int) -> None:
+        self.documents = documents
+        self.document = documents[0]
         self.by_name = models
         self.models = tuple(models.values())
         self.index = {model: place for place, model in enumerate(models)}
@@ -219,7 +252,7 @@ class _Planner:
     def jobs(self, module: Module, slice_: Slice, rows: Iterable[Row]) -> Iterator[Job]:
         """The jobs of a slice, without the tensors that do not fit."""
         document, lead = self.document, slice_.base or 0
-        resolver = Resolver(document, module, slice_, self.seed)
+        resolvers = [Resolver(variant, module, slice_, self.seed) for variant in self.documents]
         models = [self.index[source.model] for source in slice_.sources]
         tensors = [self.models[model].tensors for model in models]
         origin = slice_.base if document.method.base is Base.ORIGIN else None
@@ -238,13 +271,14 @@ class _Planner:
             takers = tuple(i for i in order if infos[i] is not None)
             if stored in BUFFERS or not takers:  # what is the same in all, or in the base alone, stays as it is
                 takers = takers[:1] or (lead,)
-                method, base, settings, identity = _PASSTHROUGH, None, _AS_IT_IS, True
+                method, base, resolved = _PASSTHROUGH, None, [(_AS_IT_IS, True)] * len(resolvers)
             else:
                 method, base = document.method, None if origin is None else sources[origin]
-                settings, identity = resolver.resolve(row, takers)
+                resolved = [resolver.resolve(row, takers) for resolver in resolvers]
             dtype = stored if stored in BUFFERS else document.out_dtype or document.dtype or common(found)
             inputs = tuple(sources[i] for i in takers)
-            copy = identity and base is None and dtype == stored
+            settings = tuple(each for each, _ in resolved)
+            copy = all(identity for _, identity in resolved) and base is None and dtype == stored
             if copy or stored in FLOATS:
                 yield Job(row.name, dtype, found[0].shape, inputs, base, method, settings, copy)
             else:
@@ -282,15 +316,16 @@ def _warn_of_filters(document: Document, jobs: Sequence[Job]) -> None:
 def _check_scope(document: Document, jobs: Sequence[Job]) -> None:
     """One threshold over a whole model needs one density, and every tensor, in each model."""
     merged = [job for job in jobs if job.method is document.method and not job.copy]
-    scopes = {job.settings.shared.get("scope") for job in merged}
-    if "model" not in scopes:
-        return
-    fault = None
-    if len(scopes) > 1:
-        fault = "scope is model for some tensors only; set it for all"
-    elif len({tuple(source.model for source in job.inputs) for job in merged}) > 1:
-        fault = "scope: model takes one threshold over a model, so every tensor must come from the same models"
-    elif len({tuple(model["density"] for model in job.settings.models) for job in merged}) > 1:
-        fault = "scope: model takes one threshold over a model, so density must be the same for all of its tensors"
-    if fault is not None:
-        raise RecipeError(fault, next(s.place for s in document.settings if s.parameter.name == "scope"))
+    for variant in zip(*(job.variants for job in merged), strict=True):
+        scopes = {settings.shared.get("scope") for settings in variant}
+        if "model" not in scopes:
+            continue
+        fault = None
+        if len(scopes) > 1:
+            fault = "scope is model for some tensors only; set it for all"
+        elif len({tuple(source.model for source in job.inputs) for job in merged}) > 1:
+            fault = "scope: model takes one threshold over a model, so every tensor must come from the same models"
+        elif len(_densities(variant)) > 1:
+            fault = "scope: model takes one threshold over a model, so density must be the same for all of its tensors"
+        if fault is not None:
+            raise RecipeError(fault, next(s.place for s in document.settings if s.parameter.name == "scope"))

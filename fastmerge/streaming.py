@@ -15,7 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import FileIO
@@ -27,9 +27,9 @@ from .batches import BATCH_BYTES, Batch, Reader, in_batches, input_bytes, inputs
 from .checkpoint import Writer
 from .checkpoint.header import open_regular
 from .errors import BackendError, CheckpointError
-from .measures import measured, swept
+from .measures import Cuts, measured, swept
 from .planner import Job, Stage
-from .sweep import SWEPT, Cut, Found, Run, Sweep, Target, View
+from .sweep import SWEPT, Found, Run, Sweep, Target, View
 
 #: Per GPU: one reads, one uploads, one sweeps, one downloads or writes. Not yet measured on a card.
 LANES = 4
@@ -88,8 +88,8 @@ class Streamer:
 
     stage: Stage
     reader: Reader
-    writer: Writer
-    cuts: Mapping[str, tuple[Cut, ...]]
+    writers: Sequence[Writer]  # one per variant of the stage
+    cuts: Cuts
     ops: backends.Ops
     devices: Sequence[backends.Device]
     worked: backends.Worked
@@ -163,11 +163,11 @@ class Streamer:
 
     def _tiles(self, job: Job, nbytes: int) -> Iterator[_Piece]:
         """The pieces of a job too large for a lane, after what its method wants to know."""
-        sweep = None
+        sweeps: list[Sweep] = []
         if not self.reader.raw(job):
             on_cpu = backends.Ops("auto", self.reader.dtypes(job), "cpu", self.worked)
-            (sweep,) = measured(self.reader.mapped([job]), on_cpu, self.cuts, self.run)
-        sizes = [SWEPT[dtype] for dtype in self.reader.dtypes(job)]
+            (sweeps,) = measured(self.reader.mapped([job]), on_cpu, self.cuts, self.run)
+        sizes = [SWEPT[dtype] for dtype in _held(job, self.reader)]
         step = (nbytes - _ALIGNED * len(sizes)) // sum(sizes) // 8 * 8
         if step <= 0:
             raise BackendError(
@@ -176,7 +176,7 @@ class Streamer:
             )
         count = self.reader.elements(job)
         for begin in range(0, count, step):
-            yield _Piece([job], sweep is None, sweep, begin, min(step, count - begin))
+            yield _Piece([job], not sweeps, sweeps, begin, min(step, count - begin))
 
     def _received(self, traffic: _Traffic, wait: bool) -> Iterator[tuple[Job, Found]]:
         """The jobs that are done; with `wait` until all are, looking up now and then for whoever wants to stop."""
@@ -208,11 +208,11 @@ class Streamer:
 
 
 class _Piece(NamedTuple):
-    """What a lane does at a time: whole jobs, or a tile of one whose sweep is known."""
+    """What a lane does at a time: whole jobs, or a tile of one whose sweeps are known."""
 
     jobs: list[Job]
     raw: bool  # each of them
-    sweep: Sweep | None = None
+    sweeps: Sequence[Sweep] = ()
     begin: int = 0
     elements: int | None = None
 
@@ -262,10 +262,10 @@ class _Move(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where the inputs and the output of each job of a piece lie in a block."""
+    """Where the inputs and the outputs of each job of a piece lie in a block."""
 
     reads: list[list[_Move]]
-    writes: list[_Move]
+    writes: list[list[_Move]]  # one per variant
     outputs: int  # where they begin; a raw piece has none, and is written as it was read
     end: int
 
@@ -291,12 +291,15 @@ class _Layout(NamedTuple):
             )
         if piece.raw:
             writes = [
-                _Move(job.name, piece.begin, read.at, read.nbytes)
+                [_Move(job.name, piece.begin, read.at, read.nbytes)] * len(job.variants)
                 for job, (read,) in zip(piece.jobs, reads, strict=True)
             ]
             return _Layout(reads, writes, at, at)
         outputs = at
-        writes = [move(job.name, 0, count, job.dtype) for job, count in zip(piece.jobs, counts, strict=True)]
+        writes = [
+            [move(job.name, 0, count, job.dtype) for _ in job.variants]
+            for job, count in zip(piece.jobs, counts, strict=True)
+        ]
         return _Layout(reads, writes, outputs, at)
 
 
@@ -336,8 +339,13 @@ class _Lane:
     def _done(self, piece: _Piece) -> list[Found]:
         layout = _Layout.of(piece, self._streamer.reader)
         self._read(list(chain(*layout.reads)))
-        found = [Found((0,), (-1,), (0,))] * len(piece.jobs) if piece.raw else self._swept(piece, layout)
-        self._write(layout.writes)
+        copied = [Found((0,), (-1,), (0,) * len(job.variants)) for job in piece.jobs]
+        found = copied if piece.raw else self._swept(piece, layout)
+        for moves in layout.writes:
+            self._write(moves)
+        if piece.elements is None:
+            for writer in self._streamer.writers:
+                writer.written(job.name for job in piece.jobs)
         return found
 
     def _swept(self, piece: _Piece, layout: _Layout) -> list[Found]:
@@ -351,10 +359,11 @@ class _Lane:
             count = moves[0].nbytes // SWEPT[dtypes[0]]
             inputs.append(inputs_of(job, count, views, piece.begin))
         targets = [
-            Target(job.dtype, on_device + at) for job, (_, _, at, _) in zip(piece.jobs, layout.writes, strict=True)
+            [Target(job.dtype, on_device + move.at) for move in moves]
+            for job, moves in zip(piece.jobs, layout.writes, strict=True)
         ]
-        if piece.sweep:
-            found = self._streamer.ops.merge(inputs, [[piece.sweep]], [targets], self._run)
+        if piece.sweeps:
+            found = self._streamer.ops.merge(inputs, [piece.sweeps], targets, self._run)
         else:
             batch = Batch(piece.jobs, inputs, [])
             found = swept(batch, self._streamer.ops, self._streamer.cuts, targets, self._run)
@@ -371,8 +380,8 @@ class _Lane:
                         memory.load(opened.fileno(), offset + begin, self._pinned[at + begin : at + end])
 
     def _write(self, moves: list[_Move]) -> None:
-        for name, offset, at, nbytes in moves:
-            file, start = self._streamer.writer.target(name)  # open as long as it is referenced
+        for writer, (name, offset, at, nbytes) in zip(self._streamer.writers, moves, strict=True):
+            file, start = writer.target(name)  # open as long as it is referenced
             for begin, end in self._steps(nbytes):
                 memory.write(self._pinned[at + begin : at + end], start + offset + begin, file)
 
@@ -398,7 +407,13 @@ def _first(places: Sequence[int]) -> int:
 
 def _room(job: Job, reader: Reader) -> int:
     """The bytes of a block that a whole job takes; a little more than that for one that is raw."""
-    return sum(_aligned(reader.elements(job) * SWEPT[dtype]) for dtype in reader.dtypes(job))
+    return sum(_aligned(reader.elements(job) * SWEPT[dtype]) for dtype in _held(job, reader))
+
+
+def _held(job: Job, reader: Reader) -> list[str]:
+    """The dtypes of all that a block holds of a job: its inputs, and its outputs."""
+    *inputs, output = reader.dtypes(job)
+    return inputs + [output] * len(job.variants)
 
 
 def _aligned(nbytes: int) -> int:

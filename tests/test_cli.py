@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -128,7 +128,8 @@ def test_options_reach_the_engine(fastmerge_: Command, monkeypatch: pytest.Monke
     monkeypatch.setattr("fastmerge.engine.merge", lambda *args, **options: seen.append((args, options)))
     assert fastmerge_("merge", "linear.yml", "out", "--quiet").code == 0
     options = "--quiet --backend torch --threads 3 --seed 9 --shard-size 2MB --gpu-memory 3GB --overwrite"
-    assert fastmerge_("merge", "linear.yml", "out", *options.split(), "--nonfinite", "propagate").code == 0
+    options += " --nonfinite propagate --vary weight=0.25,1e-3 --vary normalize=true"
+    assert fastmerge_("merge", "linear.yml", "out", *options.split()).code == 0
     paths = (Path("linear.yml"), Path("out"))
     defaults = {
         "backend": "auto",
@@ -138,6 +139,7 @@ def test_options_reach_the_engine(fastmerge_: Command, monkeypatch: pytest.Monke
         "gpu_memory": None,
         "overwrite": False,
         "nonfinite": "error",
+        "vary": {},
         "progress": None,
     }
     given = {
@@ -148,6 +150,7 @@ def test_options_reach_the_engine(fastmerge_: Command, monkeypatch: pytest.Monke
         "gpu_memory": 3_000_000_000,
         "overwrite": True,
         "nonfinite": "propagate",
+        "vary": {"weight": ["0.25", "1e-3"], "normalize": ["true"]},
         "progress": None,
     }
     assert seen == [(paths, defaults), (paths, given)]
@@ -310,6 +313,43 @@ def test_an_output_name_is_printed_with_escapes(fastmerge_: Command) -> None:
     assert ended.out.startswith(r"out\x1b[31m: linear")
 
 
+# --- many outputs ---
+
+
+def test_vary_writes_a_folder_for_each_value(fastmerge_: Command) -> None:
+    (Path("a") / "modeling.py").write_text("")
+    ended = fastmerge_("merge", "ties.yml", "out", "--vary", "lambda=0.2, 1e-1", "--vary", "normalize=false")
+    assert ended.code == 0
+    assert ended.out.startswith("out: 2 outputs, ties of 4 tensors, read 4.1 kB, ")
+    assert ended.out.count("\n") == 1
+    assert ended.err.count("modeling.py") == 1, "a warning is told once"
+    assert sorted(os.listdir("out")) == ["lambda=0.2,normalize=false", "lambda=1e-1,normalize=false"]
+    for value in ("0.2", "1e-1"):
+        recipe = Path("out", f"lambda={value},normalize=false", "mergekit_config.yml").read_text()
+        assert f"parameters: {{normalize: false, lambda: {value}, weight: 1, density: 0.5}}" in recipe
+
+
+@pytest.mark.parametrize("command", ["merge linear.yml out", "plan linear.yml"])
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        (["weight"], "'weight' has no values; write for example lambda=0.2,0.4"),
+        (["=1"], "'=1' has no values; write for example lambda=0.2,0.4"),
+        (["weight=1", "weight=2"], "weight is given twice; write all of its values after one --vary"),
+        (["weight=1,,2"], "weight=: a value is a number, true, false or a word"),
+        (["t=0.5"], "t=0.5: linear has no parameter t; it has weight, normalize"),
+    ],
+    ids=["no-values", "no-name", "twice", "an-empty-one", "of-another-method"],
+)
+def test_a_mistake_in_vary_is_one_sentence(
+    vary: Sequence[str], message: str, command: str, fastmerge_: Command
+) -> None:
+    ended = fastmerge_(*command.split(), *(word for text in vary for word in ("--vary", text)))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.rstrip().endswith(message)
+    assert not Path("out").exists()
+
+
 # --- plan ---
 
 
@@ -322,6 +362,18 @@ def test_plan_says_what_a_merge_would_move(fastmerge_: Command) -> None:
     cells = [cell.strip() for cell in next(line for line in ended.out.splitlines() if "layers.*.w" in line).split("│")]
     assert cells[1:7] == ["layers.*.w", "x 4", "8 x 16", "F32", "2", "once"]
     assert not Path("out").exists()
+
+
+def test_plan_lists_the_outputs_of_what_varies_and_reads_once(fastmerge_: Command) -> None:
+    fastmerge_("merge", "linear.yml", "out")
+    read, written = 2 * 4 * 8 * 16 * 4, Path("out/model.safetensors").stat().st_size
+    ended = fastmerge_("plan", "linear.yml", "--vary", "weight=0.25,0.5", "--vary", "normalize=true,false")
+    lines = ended.out.splitlines()[-5:]
+    names = [f"weight={weight},normalize={flag}" for weight in ("0.25", "0.5") for flag in ("true", "false")]
+    assert lines[:4] == [f"  output {name}: {written / 1000:.1f} kB" for name in names]
+    assert lines[4].startswith(f"reads {read / 1000:.1f} kB, writes {4 * written / 1000:.1f} kB")
+    made = json.loads(fastmerge_("plan", "linear.yml", "--json", "--vary", "weight=0.25,0.5").out)
+    assert made["outputs"] == ["weight=0.25", "weight=0.5"]
 
 
 def test_plan_as_json_is_the_whole_plan(fastmerge_: Command) -> None:
@@ -430,7 +482,8 @@ def test_the_closing_line_tells_of_a_gpu_that_was_considered(
         (False, "; cpu (threshold) + cuda (threshold, merge), 2 threads)\n"),
     ]:
         why = "cuda: 25.0 GB/s over the bus of it"
-        report = fastmerge.Report(Path("out"), ("ties",), 4, 100, 50, 1.0, 0, worked, 2, why, considered)
+        out = Path("out")
+        report = fastmerge.Report(out, (out,), ("ties",), 4, 100, 50, 1.0, 0, worked, 2, why, considered)
         monkeypatch.setattr("fastmerge.engine.merge", lambda *_, report=report, **__: report)
         assert fastmerge_("merge", "linear.yml", "out").out.endswith(end)
 
