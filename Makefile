@@ -10,7 +10,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc bench tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 PYTHONS := fastmerge kernels tests bench
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu-test gpu-bench clean
 
 demo: .venv/built
 	$(BIN)/fastmerge demo
@@ -32,6 +32,24 @@ format: .venv/linters
 # make bench OP=merge CASE=mlp METHOD=ties runs one op on one case.
 bench: .venv/built .venv/tests .venv-mergekit/built
 	$(BIN)/python -m pytest bench $(if $(OP),--op $(OP)) $(if $(CASE),--case $(CASE)) $(if $(METHOD),--method $(METHOD)) $(ARGS)
+
+# Where there is a GPU: the tests, then a few of them once more under compute-sanitizer. Triton compiles only in a
+# process without the tests of its interpreter.
+SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
+gpu-test: .venv/built .venv/tests
+	$(BIN)/python -m pytest tests/test_gpu.py -m gpu $(ARGS)
+	$(BIN)/python -m pytest tests/test_torch_ops.py $(ARGS)
+ifeq ($(SANITIZER),)
+	@echo "compute-sanitizer is not installed: memcheck and racecheck were not run"
+else
+	for tool in memcheck racecheck; do $(SANITIZER) --tool $$tool --error-exitcode 1 \
+		$(BIN)/python -m pytest tests/test_gpu.py -m gpu -k small $(ARGS) || exit 1; done
+endif
+
+# make gpu-bench PROVIDER=cuda OP=merge CASE=mlp METHOD=ties narrows it.
+gpu-bench: .venv/built .venv/tests
+	$(BIN)/python -m pytest bench/test_gpu.py $(if $(PROVIDER),--provider $(PROVIDER)) $(if $(OP),--op $(OP)) \
+		$(if $(CASE),--case $(CASE)) $(if $(METHOD),--method $(METHOD)) --csv bench/results/gpu.csv $(ARGS)
 
 clean:
 	rm -rf .venv .venv-mergekit build

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Sequence
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,12 +50,21 @@ CASES = {
 }
 
 
+#: Of the bench on a GPU, whose caches are larger and whose start takes longer.
+GPU_CASES = {
+    "mlp": CASES["mlp"],
+    "attention": CASES["attention"],
+    "vocabulary": Case(1, (128256, 4096)),  # 525 M: the tokens of Llama 3.1 8B
+}
+MANY, ONE = Case(1000, (4096,)), Case(1, (1000, 4096))  # of the same total
+
+
 class Set(NamedTuple):
     """A base, its fine-tunes and room for an output: one array each, with the tensors of the case end to end."""
 
-    models: tuple[np.ndarray, ...]  # uint8, as are the others
-    base: np.ndarray
-    out: np.ndarray
+    models: tuple[Any, ...]  # uint8 arrays, or tensors where they lie on a GPU, as are the others
+    base: Any
+    out: Any
 
 
 class Buffers:
@@ -64,10 +73,8 @@ class Buffers:
     def __init__(self, case: Case, dtype: str) -> None:
         self.case = case
         self.dtype = dtype
-        nbytes = case.tensors * case.elements * SWEPT[dtype]
         first = _filled(case.tensors * case.elements, dtype)
-        least = 2 * nbytes  # what the leanest op, a copy, touches
-        copies = math.ceil(4 * _last_cache_bytes() / least) - 1
+        copies = rotated(case, dtype, _last_cache_bytes()) - 1
         self._sets = [first, *(Set(tuple(map(_copied, first.models)), *map(_copied, first[1:])) for _ in range(copies))]
         self._turns = cycle(range(len(self._sets)))
 
@@ -85,23 +92,68 @@ class Buffers:
         return [
             Inputs(
                 self.case.elements,
-                tuple(View(array.ctypes.data + offset, self.dtype) for array in arrays),
-                View(each.base.ctypes.data + offset, self.dtype) if based else None,
+                tuple(View(_address(array) + offset, self.dtype) for array in arrays),
+                View(_address(each.base) + offset, self.dtype) if based else None,
             )
             for offset in self._offsets()
         ]
 
     def targets(self, number: int = 0) -> list[list[Target]]:
-        address = self._sets[number].out.ctypes.data
+        address = _address(self._sets[number].out)
         return [[Target(self.dtype, address + offset)] for offset in self._offsets()]
 
-    def out(self, number: int = 0) -> np.ndarray:
+    def out(self, number: int = 0) -> Any:
         """The output's bytes."""
         return self._sets[number].out
 
     def _offsets(self) -> list[int]:
         nbytes = self.case.elements * SWEPT[self.dtype]
         return [nbytes * tensor for tensor in range(self.case.tensors)]
+
+
+class Resident(Buffers):
+    """Sets of tensors made elsewhere, on a GPU or the copy of one of them in the memory of the host."""
+
+    def __init__(self, case: Case, dtype: str, sets: list[Set]) -> None:
+        self.case = case
+        self.dtype = dtype
+        self._sets = sets
+        self._turns = cycle(range(len(sets)))
+
+    def set(self, number: int = 0) -> Set:
+        return self._sets[number]
+
+    def tensors(self, number: int = 0) -> Set:
+        """Those of a set as flat tensors of the dtype."""
+        each = self._sets[number]
+        models = tuple(model.view(TORCH[self.dtype]) for model in each.models)
+        return Set(models, each.base.view(TORCH[self.dtype]), each.out.view(TORCH[self.dtype]))
+
+
+def resident(case: Case, dtype: str, place: torch.device, cache_bytes: int, ascending: bool = False) -> Resident:
+    """Sets like those of `Buffers` on a device; with deltas of `ascending` size no sample foretells a threshold."""
+    generator = torch.Generator(place).manual_seed(0)
+
+    def normal() -> torch.Tensor:
+        return torch.randn(case.tensors * case.elements, generator=generator, device=place)
+
+    base = normal() * 0.02
+    models = []
+    for _ in range(MODELS):
+        delta = normal() * 0.001
+        delta = delta.abs().sort().values if ascending else delta
+        models.append((base + delta).to(TORCH[dtype]).view(torch.uint8))
+    raw = base.to(TORCH[dtype]).view(torch.uint8)
+    first = Set(tuple(models), raw, torch.full_like(raw, 0xFF))
+    copies = rotated(case, dtype, cache_bytes) - 1
+    return Resident(
+        case, dtype, [first, *(Set(tuple(m.clone() for m in models), raw.clone(), raw.clone()) for _ in range(copies))]
+    )
+
+
+def rotated(case: Case, dtype: str, cache_bytes: int) -> int:
+    """How many sets are four times a cache, by what the leanest op, a copy, touches of each."""
+    return math.ceil(4 * cache_bytes / (2 * case.tensors * case.elements * SWEPT[dtype]))
 
 
 def read_by(row: Method) -> tuple[int, bool]:
@@ -163,6 +215,10 @@ def _room(nbytes: int) -> np.ndarray:
     whole = np.full(nbytes + 4096, 0xFF, np.uint8)
     start = -whole.ctypes.data % 4096
     return whole[start : start + nbytes]
+
+
+def _address(memory: Any) -> int:
+    return int(memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.ctypes.data)
 
 
 def _last_cache_bytes() -> int:

@@ -8,19 +8,22 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 import ceiling
+import marks
 import pytest
 
 from fastmerge import backends, native
 from fastmerge.sweep import Run
 
-_CHOICES = ("op", "case", "method")
+_CHOICES = ("provider", "op", "case", "method")
 _ROWS = pytest.StashKey[list["Row"]]()
+_END = pytest.StashKey[float]()
 
 
 class Ratio(NamedTuple):
@@ -61,6 +64,11 @@ class Row(NamedTuple):
     peer_seconds: float | None = None
     peer_anonymous_mb: float | None = None
     peer_resident_mb: float | None = None
+    provider: str = "cpu"
+    device: str = ""  # a GPU's name, of what ran on one
+    kernel_seconds: float | None = None  # of the GPU's own work, without the host's
+    kernel_share: float | None = None  # of the ceiling by that
+    launches: float | None = None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,6 +79,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=backends.threads(), help="of ours and of the ceiling")
     group.addoption("--rounds", type=int, default=15, help="rounds in memory, ceiling and op in turn")
     group.addoption("--params", type=float, default=0.3e9, help="parameters of each model on disk")
+    group.addoption("--minutes", type=float, default=8.5, help="after which no more is begun on a GPU")
+    group.addoption("--emulated", action="store_true", help="the benches of a GPU tiny and without one, to check them")
     group.addoption("--csv", type=Path, help="a file that grows by a row per figure")
 
 
@@ -79,6 +89,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # bare times of a shared machine; the table at the end has ratios
     config.option.benchmark_disable_gc = True
     config.stash[_ROWS] = []
+    config.stash[_END] = perf_counter() + 60 * config.getoption("minutes")
+    if config.getoption("emulated"):
+        os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -86,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = config.getoption(choice)
         if not wanted:
             continue
-        there = {item: item.callspec.params[choice] for item in items}
+        there = {item: item.callspec.params.get(choice, "cpu") for item in items}
         if unknown := set(wanted.split(",")) - set(there.values()):
             names = ", ".join(sorted(set(there.values())))
             raise pytest.UsageError(f"no bench has --{choice} {', '.join(sorted(unknown))}; there are {names}")
@@ -106,10 +119,23 @@ def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
     def keep(row: Row) -> None:
         config = request.config
         config.stash[_ROWS].append(row)
+        if row.device:  # one by one, as a machine that is lent may be taken away
+            request.getfixturevalue("terminal").write_line("  ".join(filter(None, _gpu_cells(row))))
         if path := config.getoption("csv"):
             _append(path, row, config.getoption("threads"))
 
     return keep
+
+
+@pytest.fixture(scope="session")
+def terminal(request: pytest.FixtureRequest) -> pytest.TerminalReporter:
+    return request.config.pluginmanager.getplugin("terminalreporter")
+
+
+@pytest.fixture
+def _in_time(request: pytest.FixtureRequest) -> None:
+    if perf_counter() > request.config.stash[_END]:
+        pytest.skip(f"not begun in the {request.config.getoption('minutes')} --minutes")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -120,10 +146,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("fastmerge bench")
     terminalreporter.line(", ".join(f"{key} {value}" for key, value in about.items()))
     terminalreporter.line("share: the ceiling's time over ours; medians of pairs taken in turn (quartiles)")
-    lines = [list(_HEADINGS), *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
+    if on_host := [row for row in rows if not row.device]:
+        _show(terminalreporter, _HEADINGS, map(_cells, on_host))
+    if config.getoption("emulated"):
+        terminalreporter.line("emulated and tiny: no figure below means anything")
+    if on_gpu := [row for row in rows if row.device]:
+        on_gpu.sort(key=lambda row: (row.op, row.method, row.case, row.provider, row.against))
+        _show(terminalreporter, _GPU_HEADINGS, map(_gpu_cells, on_gpu))
+        terminalreporter.line("")
+        _show(terminalreporter, _MARK_HEADINGS, marks.standing(on_gpu))
+
+
+def _show(reporter: pytest.TerminalReporter, headings: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
+    lines = [headings, *cells]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     for line in lines:
-        terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        reporter.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 _HEADINGS = (
@@ -139,6 +177,39 @@ _HEADINGS = (
     "ulp",
     "MB anonymous",
 )
+
+
+_GPU_HEADINGS = (
+    "op",
+    "method",
+    "case",
+    "provider",
+    "seconds",
+    "GB/s",
+    "ceiling",
+    "share",
+    "kernels alone",
+    "launches",
+    "against",
+)
+_MARK_HEADINGS = ("mark", "provider", "goal", "worst", "where", "")
+
+
+def _gpu_cells(row: Row) -> list[str]:
+    """`kernels alone`: the share by the time of the GPU's own work, as the profiler saw it."""
+    return [
+        row.op,
+        row.method,
+        row.case,
+        row.provider,
+        f"{row.seconds:.6f}",
+        f"{row.gbps:.1f}",
+        "" if row.ceiling_gbps is None else f"{row.ceiling_gbps:.1f}",
+        f"{row.share.median:.1%} ({row.share.low:.1%} to {row.share.high:.1%})" if row.share else "",
+        "" if row.kernel_share is None else f"{row.kernel_share:.1%}",
+        "" if row.launches is None else f"{row.launches:g}",
+        f"{row.times.median:.2f} x {row.against}" if row.times else "",
+    ]
 
 
 def _cells(row: Row) -> list[str]:

@@ -212,7 +212,8 @@ def why_not(name: str) -> str:
     try:
         imported = importlib.import_module("._core" if name == "cpu" else f".{module}", __package__)
     except ImportError as error:
-        return f"{what} is not there: {error} ({remedy})"
+        absent = error.name == __package__ or isinstance(error, ModuleNotFoundError)
+        return f"{what} is not there{'' if absent else f': {error}'} ({remedy})"
     return imported.why_not() if device_of(name) == "gpu" else ""
 
 

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from . import backends
 from .errors import BackendError, MismatchError
-from .records import Records
 from .sweep import Elect, Inputs, Keep, Mean, Part, Run, Sweep, Target, TieVote, View
 
 
@@ -156,7 +155,7 @@ def _merge(
     targets = [Target(_DTYPES[output.dtype], output.data_ptr()) for output in outputs]
     with _at("merge", models, base, outputs[0].dtype) as (provider, inputs, run):
         if provider.name == "cuda":
-            _queue_merge(inputs, sweeps, targets, magnitudes, ties_ends, run)
+            _queue_merge(provider, inputs, sweeps, targets, magnitudes, ties_ends, run)
         else:
             _may_wait("merge", outputs[0].device)
             if magnitudes is not None and ties_ends is not None:
@@ -201,7 +200,7 @@ def _threshold(models: list[Tensor], base: Tensor | None, ranks: list[int]) -> t
     magnitudes, ties_ends = _like_threshold(models, base, ranks)
     with _at("threshold", models, base) as (provider, inputs, run):
         if provider.name == "cuda":
-            _queue_threshold(inputs, ranks, magnitudes, ties_ends, run)
+            _queue_threshold(provider, inputs, ranks, magnitudes, ties_ends, run)
         else:
             _may_wait("threshold", magnitudes.device)
             (cuts,) = provider.threshold([[inputs]], [ranks], run)
@@ -320,6 +319,7 @@ def _with_cuts(sweeps: Sequence[Sweep], cuts: Sequence[tuple[float, int]]) -> li
 
 
 def _queue_merge(
+    cuda: Any,
     inputs: Inputs,
     sweeps: Sequence[Sweep],
     targets: Sequence[Target],
@@ -327,42 +327,20 @@ def _queue_merge(
     ties_ends: Tensor | None,
     run: Run,
 ) -> None:
-    from . import _cuda
-
     cuts = None
     if magnitudes is not None and ties_ends is not None:
         cuts = ties_ends.new_empty((len(inputs.models), 2))
         cuts.view(torch.float32)[:, 0] = magnitudes
         cuts[:, 1] = ties_ends
-    records = Records(_cuda)
-    _cuda.merge_async(
-        records.rows([inputs], settings=[len(sweeps)]),
-        records.views([inputs]),
-        records.sweeps([sweeps]),
-        records.parts([sweeps]),
-        records.targets([targets]),
-        0 if cuts is None else cuts.data_ptr(),
-        run.device,
-        run.stream,
-    )
+    cuda.merge_async(inputs, sweeps, targets, 0 if cuts is None else cuts.data_ptr(), run)
 
 
-def _queue_threshold(inputs: Inputs, ranks: Sequence[int], magnitudes: Tensor, ties_ends: Tensor, run: Run) -> None:
-    from . import _cuda
-
-    records = Records(_cuda)
-    rows = records.rows([inputs])
+def _queue_threshold(
+    cuda: Any, inputs: Inputs, ranks: Sequence[int], magnitudes: Tensor, ties_ends: Tensor, run: Run
+) -> None:
     cuts = ties_ends.new_empty((len(ranks), 2))
-    workspace = ties_ends.new_empty(_cuda.workspace_bytes(rows), dtype=torch.uint8)
-    _cuda.threshold_async(
-        rows,
-        records.views([inputs]),
-        np.array(ranks, np.int64),
-        cuts.data_ptr(),
-        workspace.data_ptr(),
-        run.device,
-        run.stream,
-    )
+    workspace = ties_ends.new_empty(cuda.workspace_bytes(inputs, run), dtype=torch.uint8)
+    cuda.threshold_async(inputs, ranks, cuts.data_ptr(), workspace.data_ptr(), run)
     magnitudes.copy_(cuts.view(torch.float32)[:, 0])
     ties_ends.copy_(cuts[:, 1])
 

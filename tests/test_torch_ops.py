@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -19,7 +19,6 @@ from conftest import merge as merge_bytes
 from test_ops import SELECTION, STAGES, Case, cases, check_cut, sweeps_of, tensors_of, values_of
 from torch import Tensor
 
-import fastmerge
 from fastmerge import reference, torch_ops
 from fastmerge.errors import BackendError, MismatchError
 from fastmerge.sweep import CERTAIN, EVERY, Cut, Elect, Keep, Mean, Part, Sweep, TieVote
@@ -343,45 +342,24 @@ def test_vmap_is_refused(op: str) -> None:
 
 # --- the provider cuda ---
 
-CUT = np.dtype([("magnitude", np.float32), ("ties_end", np.int64)], align=True)
 
+class Done:
+    """The emulated provider, which has done what it is told when it returns: torch does not wait for its streams."""
 
-class Queue(SimpleNamespace):
-    """Stands in for `_cuda`: its entry points for one tensor, computed at once by the compiled core."""
+    def __init__(self, cuda: ModuleType) -> None:
+        self._cuda = cuda
 
-    def __init__(self) -> None:
-        core, native = compiled_core()._core, compiled_core()
-        super().__init__(ROW=core.ROW, VIEW=core.VIEW, SWEEP=core.SWEEP, PART=core.PART, TARGET=core.TARGET)
-        self.core, self.how = core, (native.isa(), 1)
+    def __getattr__(self, name: str) -> Any:
+        def told(*arguments: Any) -> Any:
+            answer = getattr(self._cuda, name)(*arguments)
+            self._cuda.device(0).synchronize(0)
+            return answer
 
-    def merge_async(
-        self, rows: Any, views: Any, sweeps: Any, parts: Any, targets: Any, cuts: int, device: int, stream: int
-    ) -> None:
-        assert (len(rows), device, stream) == (1, 0, 0)
-        if cuts:
-            found = self.cuts_at(cuts, rows["models"][0])
-            for name in CUT.names:
-                parts[name] = np.tile(found[name], len(sweeps))
-        self.core.merge(rows, views, sweeps, parts, targets, *self.how, 0, None)
-
-    def workspace_bytes(self, rows: Any) -> int:
-        return 3 * len(rows)
-
-    def threshold_async(
-        self, rows: Any, views: Any, ranks: Any, cuts: int, workspace: int, device: int, stream: int
-    ) -> None:
-        assert (len(rows), device, stream) == (1, 0, 0)
-        assert workspace != 0
-        found = self.cuts_at(cuts, rows["models"][0])
-        found["magnitude"], found["ties_end"] = self.core.threshold(rows, views, ranks, *self.how, None)
-
-    @staticmethod
-    def cuts_at(address: int, count: int) -> np.ndarray:
-        return np.frombuffer((ctypes.c_char * (CUT.itemsize * count)).from_address(address), CUT)
+        return "cuda" if name == "name" else told
 
 
 def test_what_the_provider_cuda_is_told_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its records, the cuts that stay on the device, its workspace: in memory of the host, without a stream."""
+    """Its tables, the cuts that stay on the device, its workspace; the emulated device works in memory of the host."""
     models, base = [torch.randint(-4, 5, (40, 70)).to(torch.bfloat16) for _ in range(3)], torch.ones(40, 70)
     settings, ranks = [TIES, replace(DARE, lambda_=0.3)], [0, 1000, 2800]
     cuts = torch_ops.threshold(models, base, ranks)
@@ -389,8 +367,7 @@ def test_what_the_provider_cuda_is_told_gives_the_same_bits(monkeypatch: pytest.
         torch_ops.merge(models, base, settings, torch.float16),
         torch_ops.merge(models, base, settings, cuts=cuts),
     ]
-    monkeypatch.setattr(torch_ops, "_provider", lambda *_: SimpleNamespace(name="cuda"))
-    monkeypatch.setattr(fastmerge, "_cuda", Queue(), raising=False)
+    monkeypatch.setattr(torch_ops, "_provider", lambda *_: Done(emulated.provider()))
     assert same(torch_ops.threshold(models, base, ranks), cuts)
     assert same(torch_ops.merge(models, base, settings, torch.float16), expected[0])
     assert same(torch_ops.merge(models, base, settings, cuts=cuts), expected[1])
