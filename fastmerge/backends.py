@@ -70,6 +70,7 @@ class Device(Protocol):
     """A GPU's memory and streams; addresses and handles are integers, and any thread may call."""
 
     name: str
+    is_cuda: bool  # its addresses are CUDA's, as other libraries know them
 
     def free_bytes(self) -> int: ...
     def allocate(self, nbytes: int) -> int:

@@ -155,6 +155,7 @@ class Device:
 
     index: int
     name: str
+    is_cuda: bool = True
 
     def free_bytes(self) -> int:
         return _cuda.free_bytes(self.index)

@@ -7,7 +7,8 @@ and writes them to their places. A few lanes per GPU keep the disk, both directi
 the same time, and no lane waits for another.
 
 A tensor too large for a lane goes through in tiles, which any lane may take; what its method wants to know first is
-measured by the CPU on the mapped file. Bytes that are only copied never see a GPU.
+measured by the CPU on the mapped file. Bytes that are only copied never see a GPU. Where kvikio is installed, inputs go
+from the disk to an NVIDIA GPU past the memory of the host.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from io import FileIO
 from itertools import chain, groupby
 from typing import NamedTuple
 
-from . import backends, memory
+from . import backends, gds, memory
 from .batches import BATCH_BYTES, Batch, Reader, in_batches, input_bytes, inputs_of
 from .checkpoint import Writer
 from .checkpoint.header import open_regular
@@ -318,6 +319,7 @@ class _Lane:
         self._device = device
         self._block = block
         self._pinned = memory.view(block.pinned, nbytes)
+        self._direct = device.is_cuda and gds.installed()
         self._run = Run(device=number, stream=block.stream)
 
     def work(self) -> None:
@@ -338,7 +340,11 @@ class _Lane:
 
     def _done(self, piece: _Piece) -> list[Found]:
         layout = _Layout.of(piece, self._streamer.reader)
-        self._read(list(chain(*layout.reads)))
+        moves = list(chain(*layout.reads))
+        if self._direct and not piece.raw:
+            self._read_directly(moves)
+        else:
+            self._read(moves)
         copied = [Found((0,), (-1,), (0,) * len(job.variants)) for job in piece.jobs]
         found = copied if piece.raw else self._swept(piece, layout)
         for moves in layout.writes:
@@ -351,7 +357,8 @@ class _Lane:
     def _swept(self, piece: _Piece, layout: _Layout) -> list[Found]:
         """Over the bus, through the ops, and back."""
         on_device, pinned, stream = self._block
-        self._device.upload(on_device, pinned, layout.outputs, stream)
+        if not self._direct:
+            self._device.upload(on_device, pinned, layout.outputs, stream)
         inputs = []
         for job, moves in zip(piece.jobs, layout.reads, strict=True):
             dtypes = self._streamer.reader.dtypes(job)
@@ -378,6 +385,14 @@ class _Lane:
                 for _, offset, at, nbytes in mine:
                     for begin, end in self._steps(nbytes):
                         memory.load(opened.fileno(), offset + begin, self._pinned[at + begin : at + end])
+
+    def _read_directly(self, moves: list[_Move]) -> None:
+        """Past the memory of the host."""
+        for file, mine in groupby(sorted(moves), key=lambda move: move.name):
+            with _reading(file), gds.reading(file) as load:
+                for _, offset, at, nbytes in mine:
+                    for begin, end in self._steps(nbytes):
+                        load(offset + begin, self._block.device + at + begin, end - begin)
 
     def _write(self, moves: list[_Move]) -> None:
         for writer, (name, offset, at, nbytes) in zip(self._streamer.writers, moves, strict=True):

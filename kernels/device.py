@@ -69,6 +69,7 @@ class Device:
         self._blocks: dict[int, Tensor] = {}  # uint8 [nbytes], by address
         self._pinned: dict[int, Tensor] = {}
         self._streams: dict[int, Any] = {}
+        self.is_cuda = self._place.type == "cuda"
         self.name: str = "Triton's interpreter" if INTERPRETED else self._module.get_device_name(self._place)
 
     def free_bytes(self) -> int:

@@ -44,7 +44,7 @@ ROOMS = {
         "vary",
     },
     "choice": {"backends", "streaming"},
-    "streaming": {"backends", "batches", "checkpoint", "measures", "memory", "planner"},
+    "streaming": {"backends", "batches", "checkpoint", "gds", "measures", "memory", "planner"},
     "measures": {"backends", "batches", "methods", "planner"},
     "batches": {"backends", "checkpoint", "planner", "sources"},
     "planner": {
@@ -76,6 +76,7 @@ ROOMS = {
     "reference": {"memory"},
     "kernels": set(),
     "memory": set(),
+    "gds": set(),
     "checkpoint": set(),
     "sources": {"checkpoint"},
     "sweep": set(),

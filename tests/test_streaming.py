@@ -11,8 +11,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 import emulated
@@ -74,6 +75,7 @@ class FakeDevice:
 
     def __init__(self, number: int, capacity: float, pinnable: float) -> None:
         self.name = f"Fake {number}"
+        self.is_cuda = True
         self.memory = Memory(capacity)
         self.pinned = Memory(pinnable)
         self.streams: set[int] = set()
@@ -617,6 +619,95 @@ def test_an_input_that_cannot_be_read_is_told_as_one(put: Put, monkeypatch: pyte
 
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read \(Input/output error\)"):
+        through_gpu(LINEAR)
+    assert_nothing_left("gpu")
+
+
+# --- kvikio ---
+
+
+class FakeKvikio(ModuleType):
+    """kvikio as far as it is used; its reads are told, and those past the end are short."""
+
+    def __init__(self) -> None:
+        super().__init__("kvikio")
+        self.__spec__ = ModuleSpec("kvikio", None)
+        self.read = 0
+        fake = self
+
+        class CuFile:
+            def __init__(self, file: str, flags: str) -> None:
+                assert flags == "r"
+                self._file = open(file, "rb")  # noqa: SIM115
+
+            def __enter__(self) -> CuFile:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                self._file.close()
+
+            def pread(self, buf: Any, size: int, file_offset: int) -> Any:
+                about = buf.__cuda_array_interface__
+                assert (about["shape"], about["typestr"], about["version"]) == ((size,), "|u1", 3)
+                data = os.pread(self._file.fileno(), size, file_offset)
+                ctypes.memmove(about["data"][0], data, len(data))
+                fake.read += len(data)
+                return SimpleNamespace(get=lambda: len(data))
+
+        self.CuFile = CuFile
+
+
+@pytest.fixture
+def kvikio(monkeypatch: pytest.MonkeyPatch) -> FakeKvikio:
+    fake = FakeKvikio()
+    monkeypatch.setitem(sys.modules, "kvikio", fake)
+    return fake
+
+
+@pytest.mark.parametrize("gpu_memory", [None, TINY_MEMORY], ids=["whole", "tiles"])
+def test_where_kvikio_is_installed_inputs_go_past_the_host(
+    gpu_memory: int | None, put: Put, kvikio: FakeKvikio
+) -> None:
+    gpu = put(FakeCuda())
+    save_family(flags=torch.tensor([True, False]))
+    expected = raw(merged(TIES, backend="cpu"))
+    through_gpu(TIES, gpu_memory=gpu_memory)
+    assert raw(test_engine.load("gpu")) == expected
+    assert kvikio.read > 0
+    assert not any(device.uploaded for device in gpu.there)
+
+
+def test_a_gpu_that_is_not_nvidias_is_read_to_as_ever(put: Put, kvikio: FakeKvikio) -> None:
+    gpu = put(FakeCuda())
+    for device in gpu.there:
+        device.is_cuda = False
+    save_family()
+    through_gpu(LINEAR)
+    assert kvikio.read == 0
+    assert any(device.uploaded for device in gpu.there)
+
+
+def test_a_file_that_ends_while_kvikio_reads_is_an_error(put: Put, kvikio: FakeKvikio) -> None:
+    put(FakeCuda())
+    save_family()
+    read = kvikio.CuFile.pread
+    kvikio.CuFile.pread = lambda self, buf, size, offset: read(self, buf, size, 1 << 40)
+    with pytest.raises(CheckpointError, match="became shorter while it was read"):
+        through_gpu(LINEAR)
+    assert_nothing_left("gpu")
+
+
+def test_what_kvikio_cannot_do_is_told_with_the_remedy(put: Put, kvikio: FakeKvikio) -> None:
+    put(FakeCuda())
+    save_family()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no libcuda.so.1")
+
+    kvikio.CuFile.pread = fail
+    with pytest.raises(
+        BackendError, match=r"kvikio cannot read .*model\.safetensors \(no libcuda.so.1\): .* uninstall"
+    ):
         through_gpu(LINEAR)
     assert_nothing_left("gpu")
 
