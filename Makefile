@@ -5,7 +5,9 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 LINTERS := clang-format==23.1.5 mypy==2.4.1 ruff==0.17.6 types-PyYAML
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-BUILD := --config-settings=cmake.define.FASTMERGE_WERROR=ON
+# Not isolated, so that what is compiled once stays compiled: the CUDA kernels take minutes where nvcc is there.
+TOOLS := cmake ninja pybind11 scikit-build-core
+BUILD := --no-build-isolation --config-settings=cmake.define.FASTMERGE_WERROR=ON
 CORE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc bench tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 PYTHONS := fastmerge kernels tests bench
@@ -56,6 +58,7 @@ clean:
 
 .venv/python:
 	$(PYTHON) -m venv .venv
+	$(PIP) $(TOOLS)
 	touch $@
 
 .venv/built: .venv/python $(CORE)
