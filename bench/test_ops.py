@@ -128,12 +128,18 @@ def _merge(method: str, buffers: Buffers, provider: backends.Provider, run: Run)
 
 
 def _whole(method: str, buffers: Buffers, provider: backends.Provider, run: Run) -> Work:
-    """Measuring, then the sweep."""
+    """Measuring and the sweep, at one go where the engine does that."""
     alone = _merge(method, buffers, provider, run)
+    row = METHODS[method]
+    known = sweeps(provider, method, alone.inputs(0), run)
+    wanted = [ranks(settings(row, len(each.models)), each.elements) for each in alone.inputs(0)] if row.selects else []
 
     def call(number: int) -> None:
         inputs = alone.inputs(number)
-        provider.merge(inputs, sweeps(provider, method, inputs, run), buffers.targets(number), run)
+        if wanted:  # the cuts within `known` are not looked at
+            provider.merge_ranked(inputs, known, wanted, buffers.targets(number), run)
+        else:
+            provider.merge(inputs, sweeps(provider, method, inputs, run), buffers.targets(number), run)
 
     buffers.out()[:] = 0xFF
     call(0)

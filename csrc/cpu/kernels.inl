@@ -76,9 +76,8 @@ struct Call {
   uint32_t* counts;  // [models][2] or nullptr: of elements above each part's magnitude and equal to it
 };
 
-// Lines are asked for so many bytes before they are read: the processor's own guesses end with a page, and a chunk of
-// 16-bit elements is one.
-constexpr int AHEAD = 2048;
+// Lines are asked for so many bytes before they are read, a page: that is where the processor's own guesses end.
+constexpr int AHEAD = 4096;
 
 uint32_t count_of(M mask) {
   return static_cast<uint32_t>(__builtin_popcount(L::bits(mask)));
