@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
-from .records import DTYPE_CODES, Records, split
+from .records import DTYPE_CODES, Records, cuts_of, flat, found_of, split
 from .sweep import Cut, Found, Inputs, Run, Sweep, Target
-
-if TYPE_CHECKING:
-    _Wholes = NDArray[np.int64]
 
 name = "cuda"
 DEVICE = "gpu"
@@ -62,8 +58,8 @@ def threshold(groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]]
     """
     tensors = list(chain.from_iterable(groups))
     rows = _records.rows(tensors, groups=[number for number, group in enumerate(groups) for _ in group])
-    magnitudes, ends = _cuda.threshold(rows, _records.views(tensors), _flat(ranks), run.device, run.stream)
-    return list(_cuts(magnitudes, ends, ranks))
+    magnitudes, ends = _cuda.threshold(rows, _records.views(tensors), flat(ranks), run.device, run.stream)
+    return cuts_of(magnitudes, ends, ranks)
 
 
 def merge(
@@ -80,7 +76,7 @@ def merge(
         run.device,
         run.stream,
     )
-    return list(_found(rows, *counts))
+    return found_of(rows, *counts)
 
 
 def merge_ranked(
@@ -101,12 +97,12 @@ def merge_ranked(
         _records.views(tensors),
         _records.sweeps(sweeps),
         _records.parts(sweeps),
-        _flat(ranks),
+        flat(ranks),
         _records.targets(targets),
         run.device,
         run.stream,
     )
-    return list(_cuts(magnitudes, ends, ranks)), list(_found(rows, *counts))
+    return cuts_of(magnitudes, ends, ranks), found_of(rows, *counts)
 
 
 def merge_async(inputs: Inputs, sweeps: Sequence[Sweep], targets: Sequence[Target], cuts: int, run: Run) -> None:
@@ -133,7 +129,7 @@ def threshold_async(inputs: Inputs, ranks: Sequence[int], cuts: int, workspace: 
     `workspace` is the address of `workspace_bytes` of device memory. A CUDA graph can capture it.
     """
     rows, views = _records.rows([inputs]), _records.views([inputs])
-    _cuda.threshold_async(rows, views, _flat([ranks]), cuts, workspace, run.device, run.stream)
+    _cuda.threshold_async(rows, views, flat([ranks]), cuts, workspace, run.device, run.stream)
 
 
 def workspace_bytes(inputs: Inputs, run: Run) -> int:
@@ -191,18 +187,3 @@ class Device:
     def synchronize(self, stream: int) -> None:
         """Waits for all that was queued; an error of any of it is raised here."""
         _cuda.synchronize(self.index, stream)
-
-
-def _flat(ranks: Iterable[Iterable[int]]) -> _Wholes:
-    return np.fromiter(chain.from_iterable(ranks), np.int64)
-
-
-def _cuts(magnitudes: NDArray[np.float32], ends: _Wholes, ranks: Sequence[Sequence[int]]) -> Iterator[tuple[Cut, ...]]:
-    cuts = iter(map(Cut, magnitudes.tolist(), ends.tolist()))
-    return (tuple(next(cuts) for _ in wanted) for wanted in ranks)
-
-
-def _found(rows: NDArray[np.void], nonfinite: _Wholes, first: _Wholes, overflow: _Wholes) -> Iterator[Found]:
-    inputs, outputs = rows["inputs"].tolist(), rows["settings"].tolist()
-    for each in zip(split(nonfinite, inputs), split(first, inputs), split(overflow, outputs), strict=True):
-        yield Found(*(tuple(counts.tolist()) for counts in each))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
 from .errors import CUT, BackendError, CheckpointError
-from .records import DTYPE_CODES, Records, split
+from .records import DTYPE_CODES, Records, cuts_of, flat, found_of, split
 from .sweep import Cut, Found, Inputs, Run, Sweep, Target
 
 name = "cpu"
@@ -91,10 +91,10 @@ def threshold(groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]]
     """
     tensors = list(chain.from_iterable(groups))
     rows = _records.rows(tensors, groups=[number for number, group in enumerate(groups) for _ in group])
-    wanted = np.fromiter(chain.from_iterable(ranks), np.int64)
+    wanted = flat(ranks)
     with _cut_inputs():
         magnitudes, ends = _core.threshold(rows, _records.views(tensors), wanted, isa(), run.threads, run.tick)
-    return _cuts(magnitudes, ends, ranks)
+    return cuts_of(magnitudes, ends, ranks)
 
 
 def merge(
@@ -119,7 +119,7 @@ def merge(
             run.tile,
             run.tick,
         )
-    return _found(rows, *found)
+    return found_of(rows, *found)
 
 
 def merge_ranked(
@@ -141,29 +141,14 @@ def merge_ranked(
             _records.views(tensors),
             _records.sweeps(sweeps),
             _records.parts(sweeps),
-            np.fromiter(chain.from_iterable(ranks), np.int64),
+            flat(ranks),
             _records.targets(targets),
             isa(),
             run.threads,
             run.tile,
             tick and (lambda read: tick(2 * read)),
         )
-    return _cuts(magnitudes, ends, ranks), _found(rows, *found)
-
-
-def _cuts(
-    magnitudes: NDArray[np.float32], ends: NDArray[np.int64], ranks: Sequence[Sequence[int]]
-) -> list[tuple[Cut, ...]]:
-    cuts = map(Cut, magnitudes.tolist(), ends.tolist())
-    return [tuple(islice(cuts, len(wanted))) for wanted in ranks]
-
-
-def _found(
-    rows: NDArray[np.void], nonfinite: NDArray[np.int64], first: NDArray[np.int64], overflow: NDArray[np.int64]
-) -> list[Found]:
-    inputs, outputs = rows["inputs"].tolist(), rows["settings"].tolist()
-    counts = [tuple(each.tolist()) for each in (nonfinite, first, overflow)]
-    return list(map(Found, split(counts[0], inputs), split(counts[1], inputs), split(counts[2], outputs)))
+    return cuts_of(magnitudes, ends, ranks), found_of(rows, *found)
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain, islice
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .sweep import Inputs, Sweep, Target
+from .sweep import Cut, Found, Inputs, Sweep, Target
 
 #: The numbers by which the compiled modules know the dtypes.
 DTYPE_CODES = {"F32": 0, "F16": 1, "BF16": 2, "U8": 3}
@@ -62,3 +62,25 @@ class Records:
 def split(flat: _Flat, sizes: Sequence[int]) -> list[_Flat]:
     """A flat array or tuple in pieces of these sizes."""
     return [flat[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def flat(ranks: Iterable[Iterable[int]]) -> NDArray[np.int64]:
+    """Ranks, group after group."""
+    return np.fromiter(chain.from_iterable(ranks), np.int64)
+
+
+def cuts_of(
+    magnitudes: NDArray[np.float32], ends: NDArray[np.int64], ranks: Sequence[Sequence[int]]
+) -> list[tuple[Cut, ...]]:
+    """What a selection answered, by group."""
+    cuts = map(Cut, magnitudes.tolist(), ends.tolist())
+    return [tuple(islice(cuts, len(wanted))) for wanted in ranks]
+
+
+def found_of(
+    rows: NDArray[np.void], nonfinite: NDArray[np.int64], first: NDArray[np.int64], overflow: NDArray[np.int64]
+) -> list[Found]:
+    """What a merge noticed, by tensor."""
+    inputs, outputs = rows["inputs"].tolist(), rows["settings"].tolist()
+    counts = [tuple(each.tolist()) for each in (nonfinite, first, overflow)]
+    return list(map(Found, split(counts[0], inputs), split(counts[1], inputs), split(counts[2], outputs)))
