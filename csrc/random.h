@@ -36,6 +36,10 @@ FASTMERGE_INLINE uint32_t piece_of(const Words& words, int64_t element) {
   return (words.word[(element & 7) >> 1] >> (16 * (element & 1))) & 0xffff;
 }
 
+FASTMERGE_INLINE bool equals_upper(int64_t element, uint64_t key, uint32_t upper) {
+  return piece_of(philox(static_cast<uint64_t>(element) / 8, 0, key), element) == upper;
+}
+
 // The second draw, for an element whose first piece equals the upper half of the cut.
 FASTMERGE_INLINE bool kept_on_equal(int64_t element, uint64_t key, uint64_t cut) {
   return piece_of(philox(static_cast<uint64_t>(element) / 8, 1, key), element) < (cut & 0xffff);

@@ -35,7 +35,7 @@ FASTMERGE_INLINE void vote(Ballot<L>& ballot, typename L::F delta, typename L::F
   } else {
     ballot.sum = ballot.sum + voice;
   }
-  if constexpr (elect == Elect::WEIGHTED) {
+  if constexpr (elect == Elect::WEIGHTED && by == Mass::DIVISOR) {
     ballot.positive = ballot.positive + L::positive_part(weighted);
     ballot.negative = ballot.negative + L::negative_part(weighted);
   } else {

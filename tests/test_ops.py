@@ -171,6 +171,32 @@ def test_merge_of_many_tensors_is_each_alone(provider: ModuleType) -> None:
             np.testing.assert_array_equal(output.bytes, wanted)
 
 
+@pytest.mark.parametrize(
+    "stages", [(Keep.ALL, Elect.NONE), (Keep.ABOVE, Elect.WEIGHTED), (Keep.BERNOULLI, Elect.PLAIN)]
+)
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_many_settings_are_each_alone(provider: ModuleType, dtype: str, stages: tuple[Keep, Elect]) -> None:
+    """More than are swept together, most of which differ in lambda alone; one overflows, and there is a NaN."""
+    rng = np.random.default_rng(3)
+    models = [rng.standard_normal(5003) for _ in range(2)]
+    models[1][4001] = np.nan
+    tensors = Tensors([(model, dtype) for model in models], (rng.standard_normal(5003), dtype))
+    lambdas = [1.0, *(k / 8 for k in range(18)), 1e38, 0.5]
+    sweeps = [
+        Sweep(
+            tuple(Part(0.5 + (k > 9), magnitude=0.5, cut=CERTAIN // 3, key=i) for i in range(2)), *stages, lambda_=each
+        )
+        for k, each in enumerate(lambdas)
+    ]
+    outputs, found = merge(provider, tensors, sweeps, [dtype] * len(sweeps))
+    for k, (sweep, output) in enumerate(zip(sweeps, outputs, strict=True)):
+        (expected,), alone = merge(reference, tensors, [sweep], [dtype])
+        np.testing.assert_array_equal(bits(output, dtype), bits(expected, dtype), err_msg=str(lambdas[k]))
+        assert found == alone._replace(overflow=found.overflow)
+        assert found.overflow[k] == alone.overflow[0]
+    assert (found.overflow[-2] > 0) == (dtype != "F32")  # where float32 itself overflows, nothing is narrowed
+
+
 def test_no_sweeps_write_nothing(provider: ModuleType) -> None:
     tensors = Tensors([(np.ones(5000), "BF16")] * 2)
     output = Memory(4 * 5000)

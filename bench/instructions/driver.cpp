@@ -85,8 +85,8 @@ int main() {
   };
   const auto merge = [&](const char* name, const Tensor& tensor, const Sweep& sweep, const std::vector<Part>& given) {
     count(name, [&](int64_t begin) {
-      kernels.merge(tensor, sweep, given.data(), begin, CHUNK, DType::BF16, reinterpret_cast<char*>(&out[begin]), false,
-                    nullptr, scratch);
+      const Output output = {sweep.lambda, reinterpret_cast<char*>(&out[begin]), false};
+      kernels.merge(tensor, sweep, given.data(), begin, CHUNK, DType::BF16, &output, 1, nullptr, scratch);
     });
   };
   merge("linear", tensor_of(all, 3, false), sweep_of(Keep::ALL, Elect::NONE, 0.9f), parts);
@@ -100,8 +100,8 @@ int main() {
   std::vector<uint16_t> counts(static_cast<size_t>(deltas.models) * 2);
   const Sweep ties = sweep_of(Keep::ABOVE, Elect::WEIGHTED);
   count("ties, counted", [&](int64_t begin) {
-    kernels.merge(deltas, ties, parts.data(), begin, CHUNK, DType::BF16, reinterpret_cast<char*>(&out[begin]), false,
-                  counts.data(), scratch);
+    const Output output = {ties.lambda, reinterpret_cast<char*>(&out[begin]), false};
+    kernels.merge(deltas, ties, parts.data(), begin, CHUNK, DType::BF16, &output, 1, counts.data(), scratch);
   });
   const Tensor four = tensor_of(all, 4, true);
   count("gram of 2", [&](int64_t begin) { kernels.gram(two, begin, CHUNK, scratch, sums); });

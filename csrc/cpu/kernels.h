@@ -65,15 +65,22 @@ struct Tally {
   int64_t equal[CANDIDATES];
 };
 
+// Where one of several settings that differ in lambda alone is written.
+struct Output {
+  float lambda;
+  char* to;
+  bool past_caches;  // nobody reads it soon, and it starts a line
+};
+
 struct Kernels {
   const char* name;
 
-  // One sweep over `count` elements from `begin` (a multiple of CHUNK) into out[count]. Returns the largest magnitude,
-  // as bits, among the outputs and those deltas that might not reach them: below 0x7f800000 where all is finite.
-  // `past_caches`: nobody reads the output soon. `counts` (with Keep::ABOVE, or nullptr): [models][2], how many
-  // elements lie above each model's magnitude and how many equal it, right where all is finite.
-  uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, DType out_dtype, char* out,
-                    bool past_caches, uint16_t* counts, Scratch&);
+  // One sweep over `count` elements from `begin` (a multiple of CHUNK) into each of the outputs, whose lambda goes
+  // before the sweep's. Returns the largest magnitude, as bits, among the outputs and those deltas that might not reach
+  // them: below 0x7f800000 where all is finite. `counts` (with Keep::ABOVE, or nullptr): [models][2], how many elements
+  // lie above each model's magnitude and how many equal it, right where all is finite.
+  uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, DType out_dtype,
+                    const Output* outputs, int settings, uint16_t* counts, Scratch&);
 
   // Deltas (weights without a base) as float32 into scratch.wide[model][count], padded with zeros to 16. A NaN becomes
   // 0 there, and so does Inf unless `infinite_too`: one bad element must not decide about the others.

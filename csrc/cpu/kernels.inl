@@ -70,9 +70,9 @@ struct Call {
   const Part* parts;
   const uint32_t* thresholds;
   const uint8_t* kept;
-  bool rescaled;  // some part's rescale is not 1
-  char* out;
-  bool past_caches;  // `out` is not read soon, and starts a line
+  bool rescaled;          // some part's rescale is not 1
+  const Output* outputs;  // those past the caches start a line
+  int settings;
   uint32_t* counts;  // [models][2] or nullptr: of elements above each part's magnitude and equal to it
 };
 
@@ -90,8 +90,8 @@ uint32_t largest_of(U magnitudes) {
   return largest;
 }
 
-// One sweep over [from, to) of a chunk, whole lines. The output is float32, or of the inputs' own dtype. Reads models
-// (+ 1) x size_of(dtype) bytes per element, and writes one element.
+// One sweep over [from, to) of a chunk, whole lines. The outputs are float32, or of the inputs' own dtype. Reads models
+// (+ 1) x size_of(dtype) bytes per element, and writes one element per setting.
 template <DType dtype, bool has_base, bool same_dtype, Keep keep, Elect elect, Mass by>
 uint32_t sweep_run(const Call& call, int from, int to) {
   constexpr int size = dtype == DType::F32 ? 4 : 2;
@@ -99,7 +99,7 @@ uint32_t sweep_run(const Call& call, int from, int to) {
   // A NaN or Inf that is dropped or outvoted never reaches the output: then the deltas are looked at themselves.
   constexpr bool may_hide = keep != Keep::ALL || elect == Elect::PLAIN || elect == Elect::COUNT;
   const Sweep& sweep = *call.sweep;
-  const F divisor = L::set(sweep.divisor == 0.0f ? 1.0f : sweep.divisor), lambda = L::set(sweep.lambda);
+  const F divisor = L::set(sweep.divisor == 0.0f ? 1.0f : sweep.divisor);
   const F least_positive = L::set(sweep.tie_vote == static_cast<uint8_t>(TieVote::ZERO) ? from_bits(1) : 0.0f);
   const bool divide = sweep.divisor != 1.0f;
   const int models = call.models;
@@ -133,65 +133,74 @@ uint32_t sweep_run(const Call& call, int from, int to) {
           call.counts[model * 2 + 1] += equal;
         }
       }
-      if constexpr (keep != Keep::ALL) deltas[v] = L::where(masks[v], deltas[v]);
       if (rescaled) deltas[v] = deltas[v] * L::set(call.parts[model].rescale);
+      if constexpr (keep != Keep::ALL) deltas[v] = L::where(masks[v], deltas[v]);
     }
   };
-  const auto finish = [&](int at, const F* bases, const F* means) {
+  const auto means_at = [&](int at, const F* bases, F* means) {
+    F deltas[vectors];
+    if constexpr (elect == Elect::NONE) {
+      kept_deltas(0, at, bases, means);
+      for (int v = 0; v < vectors; ++v) means[v] = means[v] * L::set(call.parts[0].weight);
+      for (int model = 1; model < models; ++model) {
+        const F weight = L::set(call.parts[model].weight);
+        kept_deltas(model, at, bases, deltas);
+        for (int v = 0; v < vectors; ++v) means[v] = means[v] + deltas[v] * weight;
+      }
+      for (int v = 0; v < vectors; ++v) means[v] = divide ? means[v] / divisor : means[v];
+    } else {
+      Ballot<L> ballots[vectors];
+      for (int model = 0; model < models; ++model) {
+        const F weight = L::set(call.parts[model].weight), mass = L::set(call.parts[model].mass);
+        kept_deltas(model, at, bases, deltas);
+        for (int v = 0; v < vectors; ++v) vote<L, elect, by>(ballots[v], deltas[v], deltas[v] * weight, mass);
+      }
+      for (int v = 0; v < vectors; ++v) {
+        F mass = divisor;
+        const F sum = elected<L, by>(ballots[v], least_positive, mass);
+        means[v] = by == Mass::DIVISOR && !divide ? sum : sum / mass;
+      }
+    }
+  };
+  const auto finish = [&](int at, const F* bases, const F* means, F lambda, const Output& output) {
     F out[vectors];
     for (int v = 0; v < vectors; ++v) {
       out[v] = combine<L, has_base>(bases[v], means[v] * lambda);
       worst = L::max(worst, L::magnitude(out[v]));
     }
-    if constexpr (same_dtype) return L::write_line<dtype>(call.out + at * size, out, call.past_caches);
+    if constexpr (same_dtype) return L::write_line<dtype>(output.to + at * size, out, output.past_caches);
     L::in_order<dtype>(out);
-    for (int v = 0; v < vectors; ++v) L::write<DType::F32>(call.out + (at + v * L::width) * 4, out[v]);
+    for (int v = 0; v < vectors; ++v) L::write<DType::F32>(output.to + (at + v * L::width) * 4, out[v]);
   };
 
-  if constexpr (elect == Elect::NONE) {
+  if (elect == Elect::NONE && call.settings == 1) {
+    const F lambda = L::set(call.outputs->lambda);
     for (int at = from; at < to; at += line) {
-      F bases[vectors], deltas[vectors], sums[vectors];
+      F bases[vectors], means[vectors];
       read_base(at, bases);
-      kept_deltas(0, at, bases, sums);
-      for (int v = 0; v < vectors; ++v) sums[v] = sums[v] * L::set(call.parts[0].weight);
-      for (int model = 1; model < models; ++model) {
-        const F weight = L::set(call.parts[model].weight);
-        kept_deltas(model, at, bases, deltas);
-        for (int v = 0; v < vectors; ++v) sums[v] = sums[v] + deltas[v] * weight;
-      }
-      for (int v = 0; v < vectors; ++v) sums[v] = divide ? sums[v] / divisor : sums[v];
-      finish(at, bases, sums);
+      means_at(at, bases, means);
+      finish(at, bases, means, lambda, *call.outputs);
     }
-  } else {
-    // Two short loops instead of one long: a chain of so many operations would keep the processor waiting for itself.
-    constexpr int block = 16 * L::width;
-    float sums[block], masses[block];
-    for (int start = from; start < to; start += block) {
-      const int end = start + block < to ? start + block : to;
-      for (int at = start; at < end; at += line) {
-        Ballot<L> ballots[vectors];
-        F bases[vectors], deltas[vectors];
-        read_base(at, bases);
-        for (int model = 0; model < models; ++model) {
-          const F weight = L::set(call.parts[model].weight), mass = L::set(call.parts[model].mass);
-          kept_deltas(model, at, bases, deltas);
-          for (int v = 0; v < vectors; ++v) vote<L, elect, by>(ballots[v], deltas[v], deltas[v] * weight, mass);
-        }
-        for (int v = 0; v < vectors; ++v) {
-          F mass = divisor;
-          const int place = at - start + v * L::width;
-          L::store(sums + place, elected<L, by>(ballots[v], least_positive, mass));
-          if (by != Mass::DIVISOR) L::store(masses + place, mass);
-        }
-      }
+    return largest_of(worst);
+  }
+  // Short loops instead of one long: a chain of so many operations would keep the processor waiting for itself.
+  constexpr int block = 16 * L::width;
+  float block_means[block];
+  for (int start = from; start < to; start += block) {
+    const int end = start + block < to ? start + block : to;
+    for (int at = start; at < end; at += line) {
+      F bases[vectors], means[vectors];
+      read_base(at, bases);
+      means_at(at, bases, means);
+      for (int v = 0; v < vectors; ++v) L::store(block_means + at - start + v * L::width, means[v]);
+    }
+    for (const Output* output = call.outputs; output < call.outputs + call.settings; ++output) {
+      const F lambda = L::set(output->lambda);
       for (int at = start; at < end; at += line) {
         F bases[vectors], means[vectors];
         read_base(at, bases);
-        for (int v = 0; v < vectors; ++v) {
-          const int place = at - start + v * L::width;
-          means[v] = L::load(sums + place) / (by == Mass::DIVISOR ? divisor : L::load(masses + place));
-        }
-        finish(at, bases, means);
+        for (int v = 0; v < vectors; ++v) means[v] = L::load(block_means + at - start + v * L::width);
+        finish(at, bases, means, lambda, *output);
       }
     }
   }
@@ -209,7 +218,7 @@ uint32_t copy_run(const Call& call, int count) {
     __builtin_prefetch(from + AHEAD);
     L::read_line<dtype>(from, line);
     for (int v = 0; v < vectors; ++v) worst = L::max(worst, L::magnitude(line[v]));
-    L::copy_line<dtype>(from, call.out + at * size, call.past_caches);
+    L::copy_line<dtype>(from, call.outputs->to + at * size, call.outputs->past_caches);
   }
   return largest_of(worst);
 }
@@ -226,7 +235,7 @@ uint32_t copy_run(DType dtype, const Call& call, int count) {
 
 bool leaves_alone(const Tensor& tensor, const Sweep& sweep, const Part& part) {
   return tensor.inputs == 1 && sweep.keep == 0 && sweep.elect == 0 && part.weight == 1.0f && part.rescale == 1.0f &&
-         (sweep.divisor == 1.0f || sweep.divisor == 0.0f) && sweep.lambda == 1.0f;
+         (sweep.divisor == 1.0f || sweep.divisor == 0.0f);
 }
 
 using Run = uint32_t (*)(const Call&, int, int);
@@ -269,36 +278,45 @@ bool point(const Tensor& tensor, int64_t begin, int count, Scratch& scratch) {
   return in_place;
 }
 
+// A few counters abreast, or each would wait for its own products.
+constexpr int ABREAST = 4;
+
 void draw(const Part& part, int64_t begin, int count, uint8_t* kept) {
   if (part.cut >> 32) {
     memset(kept, 0xff, CHUNK / 8);
     return;
   }
   const uint32_t upper = static_cast<uint32_t>(part.cut >> 16);
-  constexpr int step = L::draws_at_once;
+  constexpr int step = ABREAST * L::draws_at_once;
   const P m0 = L::wide(PHILOX_M0), m1 = L::wide(PHILOX_M1);
   P keys[PHILOX_ROUNDS][2];
   for (uint32_t round = 0; round < PHILOX_ROUNDS; ++round) {
     keys[round][0] = L::wide(static_cast<uint32_t>(part.key) + round * PHILOX_W0);
     keys[round][1] = L::wide(static_cast<uint32_t>(part.key >> 32) + round * PHILOX_W1);
   }
-  uint8_t equal[step / 8];
   for (int at = 0; at < count; at += step) {
     const uint64_t counter = static_cast<uint64_t>(begin + at) / 8;
-    P x[4] = {L::counters(static_cast<uint32_t>(counter)), L::wide(static_cast<uint32_t>(counter >> 32)), L::wide(0),
-              L::wide(0)};
-    for (const auto& key : keys) {  // only the lower halves of the lanes count; what is above them is never looked at
-      const P p0 = L::product(x[0], m0), p1 = L::product(x[2], m1);
-      x[0] = L::exclusive_or(L::upper(p1), x[1], key[0]);
-      x[1] = p1;
-      x[2] = L::exclusive_or(L::upper(p0), x[3], key[1]);
-      x[3] = p0;
+    P words[ABREAST][4];
+    for (int i = 0; i < ABREAST; ++i) {
+      words[i][0] = L::counters(static_cast<uint32_t>(counter) + static_cast<uint32_t>(i) * L::draws_at_once / 8);
+      words[i][1] = L::wide(static_cast<uint32_t>(counter >> 32));
+      words[i][2] = words[i][3] = L::wide(0);
     }
-    if (!L::draws(x, upper, kept + at / 8, equal)) continue;
-    for (int element = 0; element < step; ++element) {
-      if (!((equal[element / 8] >> (element % 8)) & 1)) continue;
-      const int bit = kept_on_equal(begin + at + element, part.key, part.cut);
-      kept[(at + element) / 8] = static_cast<uint8_t>(kept[(at + element) / 8] | bit << (element % 8));
+    for (const auto& key : keys) {  // only the lower halves of the lanes count; what is above them is never looked at
+      for (P(&x)[4] : words) {
+        const P p0 = L::product(x[0], m0), p1 = L::product(x[2], m1);
+        x[0] = L::exclusive_or(L::upper(p1), x[1], key[0]);
+        x[1] = p1;
+        x[2] = L::exclusive_or(L::upper(p0), x[3], key[1]);
+        x[3] = p0;
+      }
+    }
+    bool equal = false;
+    for (int i = 0; i < ABREAST; ++i) equal |= L::draws(words[i], upper, kept + (at + i * L::draws_at_once) / 8);
+    for (int element = at; equal && element < at + step; ++element) {
+      if (!equals_upper(begin + element, part.key, upper)) continue;
+      const int bit = kept_on_equal(begin + element, part.key, part.cut);
+      kept[element / 8] = static_cast<uint8_t>(kept[element / 8] | bit << (element % 8));
     }
   }
 }
@@ -359,22 +377,36 @@ void narrow(const float* from, int count, DType dtype, char* to) {
   }
 }
 
+uint32_t merge(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, DType, const Output*, int settings,
+               uint16_t* counts, Scratch&);
+
+uint32_t one_by_one(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count,
+                    DType out_dtype, const Output* outputs, int settings, uint16_t* counts, Scratch& scratch) {
+  uint32_t worst = 0;
+  for (int setting = 0; setting < settings; ++setting) {
+    const uint32_t here = merge(tensor, sweep, parts, begin, count, out_dtype, outputs + setting, 1, counts, scratch);
+    worst = here > worst ? here : worst;
+  }
+  return worst;
+}
+
 uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count, DType out_dtype,
-               char* out, bool past_caches, uint16_t* counts, Scratch& scratch) {
+               const Output* outputs, int settings, uint16_t* counts, Scratch& scratch) {
   const bool in_place = point(tensor, begin, count, scratch);
   const DType dtype = in_place ? dtype_of(tensor.views[0]) : DType::F32;
   const bool direct = in_place && dtype == out_dtype;
+  if (!direct && settings > 1)
+    return one_by_one(tensor, sweep, parts, begin, count, out_dtype, outputs, settings, counts, scratch);
+  const Output wide = {outputs->lambda, reinterpret_cast<char*>(scratch.out), false};
   const Run run = run_of(dtype, base_of(tensor) != nullptr, direct, sweep);
   bool rescaled = false;
   for (int model = 0; model < tensor.models; ++model) rescaled |= parts[model].rescale != 1.0f;
-  char* to = direct ? out : reinterpret_cast<char*>(scratch.out);
-  const bool past = direct && past_caches && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   uint32_t* sums = counts ? scratch.counts : nullptr;
   memset(scratch.counts, 0, static_cast<size_t>(tensor.models) * 8);
-  const Call call = {scratch.inputs, tensor.models, &sweep, parts, scratch.thresholds,
-                     scratch.kept,   rescaled,      to,     past,  sums};
+  Call call = {scratch.inputs,           tensor.models, &sweep, parts, scratch.thresholds, scratch.kept, rescaled,
+               direct ? outputs : &wide, settings,      sums};
   uint32_t worst = 0;
-  if (direct && leaves_alone(tensor, sweep, *parts)) {
+  if (direct && settings == 1 && outputs->lambda == 1.0f && leaves_alone(tensor, sweep, *parts)) {
     worst = copy_run(dtype, call, count);
     if (worst < INFINITE) return worst;
   }
@@ -389,7 +421,7 @@ uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int6
     }
     worst = run(call, 0, padded(count));
   }
-  if (!direct) narrow(scratch.out, count, out_dtype, out);
+  if (!direct) narrow(scratch.out, count, out_dtype, outputs->to);
   for (int i = 0; counts && i < tensor.models * 2; ++i) {
     const bool padding_is_equal = i % 2 == 1 && parts[i / 2].magnitude == 0.0f;
     counts[i] = static_cast<uint16_t>(sums[i] - static_cast<uint32_t>(padding_is_equal ? padded(count) - count : 0));

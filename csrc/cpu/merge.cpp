@@ -22,6 +22,9 @@ constexpr int64_t TILE = 128 * CHUNK;
 // Outputs in memory that are larger than this together go past the caches, which need not read what is overwritten.
 constexpr int64_t PAST_CACHES = 8 << 20;
 
+// Settings that are swept together at most.
+constexpr int TOGETHER = 16;
+
 void write_all(const Target& target, int64_t at_byte, const char* from, int64_t bytes) {
   if (target.file < 0) {
     memcpy(reinterpret_cast<char*>(target.offset + at_byte), from, static_cast<size_t>(bytes));
@@ -90,6 +93,21 @@ void store(const float* from, int count, DType dtype, char* to) {
   }
 }
 
+// How many settings, from one on, differ in lambda alone: their means are the same.
+int alike(const Merge& merge, int setting) {
+  const size_t parts = static_cast<size_t>(merge.tensor.models) * sizeof(Part);
+  const auto same = [&](int other) {
+    Sweep sweep = merge.sweeps[other];
+    sweep.lambda = merge.sweeps[setting].lambda;
+    return merge.targets[other].dtype == merge.targets[setting].dtype &&
+           memcmp(&sweep, merge.sweeps + setting, sizeof sweep) == 0 &&
+           memcmp(merge.parts + other * merge.tensor.models, merge.parts + setting * merge.tensor.models, parts) == 0;
+  };
+  int count = 1;
+  while (count < TOGETHER && setting + count < merge.settings && same(setting + count)) ++count;
+  return count;
+}
+
 int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, char* block) {
   const Merge& merge = *tile.merge;
   const Tensor& tensor = merge.tensor;
@@ -106,24 +124,34 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, c
     const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
     bool looked = false;
     uint16_t* counts = tile.counts ? tile.counts->each.data() + at / CHUNK * tensor.models * 2 : nullptr;
-    for (int setting = 0; setting < merge.settings; ++setting) {
-      const Target& target = merge.targets[setting];
-      const auto dtype = static_cast<DType>(target.dtype);
-      char* out = target.file < 0 ? reinterpret_cast<char*>(target.offset) + at * size_of(dtype)
-                                  : hot + setting * stride + (at - tile.begin) * size_of(dtype);
-      const auto sweep = [&](DType to, char* place) {
-        return kernels.merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at, count, to, place,
-                             past_caches && target.file < 0, setting == 0 ? counts : nullptr, scratch);
+    for (int setting = 0, next; setting < merge.settings; setting = next) {
+      Output outputs[TOGETHER];
+      next = setting + alike(merge, setting);
+      for (int each = setting; each < next; ++each) {
+        const Target& target = merge.targets[each];
+        const int64_t size = size_of(static_cast<DType>(target.dtype));
+        char* in_memory = reinterpret_cast<char*>(target.offset) + at * size;
+        char* out = target.file < 0 ? in_memory : hot + each * stride + (at - tile.begin) * size;
+        const bool past = past_caches && target.file < 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+        outputs[each - setting] = {merge.sweeps[each].lambda, out, past};
+      }
+      const auto sweep = [&](DType to, const Output* places, int settings) {
+        return kernels.merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at, count, to,
+                             places, settings, setting == 0 ? counts : nullptr, scratch);
       };
-      if (sweep(dtype, out) < overflow_bits(dtype)) continue;
+      const auto dtype = static_cast<DType>(merge.targets[setting].dtype);
+      if (sweep(dtype, outputs, next - setting) < overflow_bits(dtype)) continue;
       if (tile.counts) {
         tile.counts->odd = true;
         continue;
       }
-      sweep(DType::F32, reinterpret_cast<char*>(scratch.out));
-      look(merge, setting, !looked, at, count, scratch.out);
-      store(scratch.out, count, dtype, out);
-      looked = true;
+      for (int each = setting; each < next; ++each) {
+        const Output wide = {outputs[each - setting].lambda, reinterpret_cast<char*>(scratch.out), false};
+        sweep(DType::F32, &wide, 1);
+        look(merge, each, !looked, at, count, scratch.out);
+        store(scratch.out, count, dtype, outputs[each - setting].to);
+        looked = true;
+      }
     }
   }
   for (int setting = 0; setting < merge.settings; ++setting) {

@@ -171,20 +171,19 @@ struct Lanes {
   static P counters(uint32_t first) {
     return {_mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
   }
-  // Bits of the draws below and equal to `cut`; returns whether any is equal.
-  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+  // Bits of the draws below `cut`; returns whether any is equal to it.
+  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below) {
     const __m512i a = _mm512_mask_shuffle_epi32(words[0].v, 0xaaaa, words[1].v, _MM_PERM_CCAA);
     const __m512i b = _mm512_mask_shuffle_epi32(words[2].v, 0xaaaa, words[3].v, _MM_PERM_CCAA);
     const __m512i rows[2] = {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)};
     const __m512i at = _mm512_set1_epi16(static_cast<short>(cut));
-    uint32_t any = 0;
+    uint32_t equal = 0;
     for (int row = 0; row < 2; ++row) {
-      const uint32_t less = _mm512_cmplt_epu16_mask(rows[row], at), same = _mm512_cmpeq_epi16_mask(rows[row], at);
+      const uint32_t less = _mm512_cmplt_epu16_mask(rows[row], at);
       memcpy(below + 4 * row, &less, 4);
-      memcpy(equal + 4 * row, &same, 4);
-      any |= same;
+      equal |= _mm512_cmpeq_epi16_mask(rows[row], at);
     }
-    return any != 0;
+    return equal != 0;
   }
 };
 
@@ -338,21 +337,18 @@ struct Lanes {
   static P counters(uint32_t first) {
     return {_mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_setr_epi64x(0, 2, 1, 3))};
   }
-  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below) {
     const __m256i a = _mm256_blend_epi32(words[0].v, _mm256_slli_epi64(words[1].v, 32), 0xaa);
     const __m256i b = _mm256_blend_epi32(words[2].v, _mm256_slli_epi64(words[3].v, 32), 0xaa);
     const __m256i rows[2] = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)};
     const __m256i at = _mm256_set1_epi16(static_cast<short>(cut));
-    uint32_t any = 0;
+    __m256i equal = _mm256_setzero_si256();
     for (int row = 0; row < 2; ++row) {
-      const __m256i same = _mm256_cmpeq_epi16(rows[row], at);
-      const __m256i at_most = _mm256_cmpeq_epi16(_mm256_min_epu16(rows[row], at), rows[row]);
-      const uint32_t equal_bits = narrow(same), below_bits = narrow(_mm256_andnot_si256(same, at_most));
-      memcpy(below + 2 * row, &below_bits, 2);
-      memcpy(equal + 2 * row, &equal_bits, 2);
-      any |= equal_bits;
+      const uint32_t less = ~narrow(_mm256_cmpeq_epi16(_mm256_max_epu16(rows[row], at), rows[row]));
+      memcpy(below + 2 * row, &less, 2);
+      equal = _mm256_or_si256(equal, _mm256_cmpeq_epi16(rows[row], at));
     }
-    return any != 0;
+    return _mm256_testz_si256(equal, equal) == 0;
   }
   static uint32_t narrow(__m256i mask16) {  // sixteen 16-bit masks -> sixteen bits
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(mask16), _mm256_extracti128_si256(mask16, 1));
@@ -505,17 +501,18 @@ struct Lanes {
   static P upper(P a) { return {vshrq_n_u64(a.v, 32)}; }
   static P exclusive_or(P a, P b, P c) { return {veorq_u64(veorq_u64(a.v, b.v), c.v)}; }
   static P counters(uint32_t first) { return {vcombine_u64(vcreate_u64(first), vcreate_u64(first + 1ull))}; }
-  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
+  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below) {
     const uint64x2_t a = vsliq_n_u64(words[0].v, words[1].v, 32), b = vsliq_n_u64(words[2].v, words[3].v, 32);
     const uint64x2_t rows[2] = {vzip1q_u64(a, b), vzip2q_u64(a, b)};
     const uint16_t bit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
     const uint16x8_t at = vdupq_n_u16(static_cast<uint16_t>(cut)), weight = vld1q_u16(bit);
+    uint16x8_t equal = vdupq_n_u16(0);
     for (int row = 0; row < 2; ++row) {
       const uint16x8_t pieces = vreinterpretq_u16_u64(rows[row]);
       below[row] = static_cast<uint8_t>(vaddvq_u16(vandq_u16(vcltq_u16(pieces, at), weight)));
-      equal[row] = static_cast<uint8_t>(vaddvq_u16(vandq_u16(vceqq_u16(pieces, at), weight)));
+      equal = vorrq_u16(equal, vceqq_u16(pieces, at));
     }
-    return equal[0] | equal[1];
+    return vmaxvq_u16(equal) != 0;
   }
 };
 
@@ -614,14 +611,15 @@ struct Lanes {
   static P upper(P a) { return a >> 32; }
   static P exclusive_or(P a, P b, P c) { return a ^ b ^ c; }
   static P counters(uint32_t first) { return first; }
-  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below, uint8_t* equal) {
-    *below = *equal = 0;
+  static bool draws(const P (&words)[4], uint32_t cut, uint8_t* below) {
+    *below = 0;
+    bool equal = false;
     for (int piece = 0; piece < 8; ++piece) {
       const uint32_t draw = static_cast<uint32_t>(words[piece / 2] >> (16 * (piece % 2))) & 0xffff;
       *below = static_cast<uint8_t>(*below | (draw < cut) << piece);
-      *equal = static_cast<uint8_t>(*equal | (draw == cut) << piece);
+      equal |= draw == cut;
     }
-    return *equal != 0;
+    return equal;
   }
 };
 
