@@ -65,6 +65,13 @@ struct Tally {
   int64_t equal[CANDIDATES];
 };
 
+// The k-th largest of some magnitudes, how many are above it and how many equal it.
+struct Kth {
+  uint32_t magnitude;
+  int64_t above;
+  int64_t equal;
+};
+
 // Where one of several settings that differ in lambda alone is written.
 struct Output {
   float lambda;
@@ -91,6 +98,7 @@ struct Kernels {
   void (*norms)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, Scratch&, double* sums);
   void (*census)(const float* deltas, int count, Census&);
   void (*tally)(const float* deltas, int count, Tally&);
+  Kth (*kth)(const uint32_t* magnitudes, int64_t count, int64_t k);
 };
 
 // The instruction sets of this build, best first, and why one cannot run here (nullptr: it can).

@@ -640,9 +640,45 @@ void tally(const float* deltas, int count, Tally& tally) {
   }
 }
 
+// Counts in float32, which holds every whole number up to 2^24.
+int64_t count_at_least(uint32_t least, const uint32_t* magnitudes, int64_t count) {
+  constexpr int abreast = 4;
+  const U value = L::word(least);
+  F sums[abreast];
+  for (F& sum : sums) sum = L::zero();
+  int64_t at = 0;
+  for (; at + abreast * L::width <= count; at += abreast * L::width) {
+    for (int i = 0; i < abreast; ++i) {
+      sums[i] = L::add_where(sums[i], L::at_least(L::load(magnitudes + at + i * L::width), value), L::set(1.0f));
+    }
+  }
+  int64_t many = 0;
+  for (; at < count; ++at) many += magnitudes[at] >= least;
+  float lanes[L::width];
+  L::store(lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (const float lane : lanes) many += static_cast<int64_t>(lane);
+  return many;
+}
+
+// Bit by bit from above; bits that no magnitude has, which are most where weights are of 16 bits, need no look.
+Kth kth(const uint32_t* magnitudes, int64_t count, int64_t k) {
+  uint32_t ever = 0, found = 0;
+  for (int64_t at = 0; at < count; ++at) ever |= magnitudes[at];
+  int64_t not_below = count;
+  for (uint32_t bit = 1u << 30; bit > 0; bit >>= 1) {
+    if (!(ever & bit)) continue;
+    const int64_t many = count_at_least(found | bit, magnitudes, count);
+    if (many < k) continue;
+    found |= bit;
+    not_below = many;
+  }
+  const int64_t above = count_at_least(found + 1, magnitudes, count);
+  return {found, above, not_below - above};
+}
+
 }  // namespace
 
 extern const Kernels FASTMERGE_KERNELS;
-const Kernels FASTMERGE_KERNELS = {L::name, merge, deltas, gram, norms, census, tally};
+const Kernels FASTMERGE_KERNELS = {L::name, merge, deltas, gram, norms, census, tally, kth};
 
 }  // namespace fastmerge

@@ -19,7 +19,7 @@ constexpr int64_t TILE = 64 * CHUNK;
 constexpr int64_t RUNS = 2048, RUN = 16, SAMPLES = RUNS * RUN;  // a run of neighbours costs one cache line per input
 constexpr int64_t ALONE = 32 * TILE;                            // groups up to this size are one worker's work
 
-constexpr int UNCOUNTED = -1;  // the equals of each tile are not known
+constexpr int64_t EVERY = std::numeric_limits<int64_t>::max();
 
 struct Search {
   int64_t rank;
@@ -27,8 +27,9 @@ struct Search {
   uint32_t magnitude;
   int64_t wanted;  // how many of the `equal` elements at the magnitude are kept
   int64_t equal;
-  int guess;    // the place of the magnitude in `tally`; or UNCOUNTED
-  Tally tally;  // of guesses, while there are any
+  int64_t ties_end;  // EVERY until it is known, or where all equals are kept
+  int guess;         // the place of the magnitude in `tally`
+  Tally tally;       // of guesses, while there are any
   Census census;
 };
 
@@ -136,17 +137,29 @@ void found(Search& search, uint32_t magnitude, int64_t above, int64_t equal) {
   search.equal = equal;
 }
 
+// One past the place of the last of so many equals.
+int64_t end_of_equals(const uint32_t* magnitudes, int64_t count, uint32_t equal, int64_t wanted) {
+  constexpr int64_t BLOCK = 64;  // counted at a time, which the compiler makes vectors of
+  int64_t at = 0;
+  for (; at + BLOCK <= count; at += BLOCK) {
+    const int64_t here = std::count(magnitudes + at, magnitudes + at + BLOCK, equal);
+    if (here >= wanted) break;
+    wanted -= here;
+  }
+  for (; wanted > 0; ++at) wanted -= magnitudes[at] == equal;
+  return at;
+}
+
+// What all magnitudes say.
+void settle(Search& search, const Kernels& kernels, const uint32_t* magnitudes, int64_t count) {
+  const Kth kth = kernels.kth(magnitudes, count, search.rank);
+  found(search, kth.magnitude, kth.above, kth.equal);
+  if (search.wanted < search.equal) search.ties_end = end_of_equals(magnitudes, count, kth.magnitude, search.wanted);
+}
+
 // What the sample suggests for the k-th: the magnitudes within five standard deviations of its rank.
 void bracket(Search& search, uint32_t* samples, int64_t count, int64_t elements) {
   const auto larger = std::greater<uint32_t>();
-  if (count == elements) {  // not a sample, but all there is
-    const int64_t place = search.rank - 1, gone = narrow_to(samples, count, place, place);
-    uint32_t *end = samples + count, *kth = samples + (place - gone);
-    std::nth_element(samples, kth, end, larger);
-    const int64_t above = std::count_if(samples, kth, [kth](uint32_t value) { return value > *kth; });
-    search.guess = UNCOUNTED;
-    return found(search, *kth, gone + above, std::count(samples, end, *kth));
-  }
   const double share = static_cast<double>(search.rank) / static_cast<double>(elements);
   const double middle = share * static_cast<double>(count);
   const double margin = 5 * std::sqrt(middle * (1 - share)) + 5;
@@ -183,7 +196,14 @@ void sample(const Group& group, const Kernels& kernels, Desk& desk, char* block,
     start += tensor.elements;
   }
   for (int model = 0; model < like.models; ++model) {
-    if (!desk.searches[model].found) bracket(desk.searches[model], desk.samples + model * SAMPLES, taken, elements);
+    Search& search = desk.searches[model];
+    uint32_t* samples = desk.samples + model * SAMPLES;
+    if (search.found) continue;
+    if (whole) {
+      settle(search, kernels, samples, taken);
+    } else {
+      bracket(search, samples, taken, elements);
+    }
   }
 }
 
@@ -280,12 +300,10 @@ void count_tile(const Group& group, int64_t number, const Kernels& kernels, Desk
 }
 
 // One past the element that is the last of its equals to be kept, where not all are.
-int64_t ties_end(const Group& group, int model, const Kernels& kernels, const Desk& desk, char* block) {
+int64_t end_of_ties(const Group& group, int model, const Kernels& kernels, const Desk& desk, char* block) {
   const Search& search = desk.searches[model];
   int64_t number = 0, left = search.wanted;
-  if (search.guess != UNCOUNTED) {
-    for (; left > desk.equal(number, model, search.guess); ++number) left -= desk.equal(number, model, search.guess);
-  }
+  for (; left > desk.equal(number, model, search.guess); ++number) left -= desk.equal(number, model, search.guess);
   for (; number < tiles_of(group); ++number) {
     const Tile tile = tile_at(group, number);
     const Tensor& tensor = *tile.tensor;
@@ -321,17 +339,11 @@ void select(const Group& group, const int64_t* ranks, Cut* cuts, const Kernels& 
     search.found = !bounded;
     search.magnitude = ranks[model] > 0 ? 0 : INFINITE;
     search.wanted = search.equal = 0;
+    search.ties_end = ranks[model] > 0 ? EVERY : 0;
     search.tally = {};
   }
   const auto searching = [](const Search& search) { return !search.found; };
-  if (!any(searching)) {
-    for (int model = 0; model < models; ++model) {
-      cuts[model] = {from_bits(desk.searches[model].magnitude),
-                     ranks[model] > 0 ? std::numeric_limits<int64_t>::max() : 0};
-    }
-    return;
-  }
-  over(1, [&](int64_t, char* block) { sample(group, kernels, desk, block, elements); });
+  if (any(searching)) over(1, [&](int64_t, char* block) { sample(group, kernels, desk, block, elements); });
   while (any(searching)) {
     over(tiles_of(group), [&](int64_t tile, char* block) { count_tile(group, tile, kernels, desk, block); });
     for (int model = 0; model < models; ++model) {
@@ -340,10 +352,10 @@ void select(const Group& group, const int64_t* ranks, Cut* cuts, const Kernels& 
   }
   over(1, [&](int64_t, char* block) {
     for (int model = 0; model < models; ++model) {
-      const Search& search = desk.searches[model];
-      const int64_t all = ranks[model] > 0 ? std::numeric_limits<int64_t>::max() : 0;
-      cuts[model] = {from_bits(search.magnitude),
-                     search.wanted < search.equal ? ties_end(group, model, kernels, desk, block) : all};
+      Search& search = desk.searches[model];
+      const bool look = search.wanted < search.equal && search.ties_end == EVERY;
+      if (look) search.ties_end = end_of_ties(group, model, kernels, desk, block);
+      cuts[model] = {from_bits(search.magnitude), search.ties_end};
     }
   });
 }
