@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import backends
-from .checkpoint import Checkpoint, TensorInfo
-from .planner import Job, Source, Stage
+from .checkpoint import Checkpoint
+from .planner import Job, Stage
 from .sweep import Inputs, View
 
 #: Inputs that are measured and swept together, in bytes: small enough to be in the page cache the second time.
@@ -33,14 +33,15 @@ def in_batches(stage: Stage, jobs: Sequence[Job], size: Callable[[Job], int], mo
     files: set[str] = set()
     filled = 0
     for job in jobs:
-        many = len(files) * len(job.variants) >= _BATCH_FILES and file_of[job.name] not in files
-        full = filled + size(job) > most or len(batch) >= _BATCH_JOBS or many
+        file, nbytes = file_of[job.name], size(job)
+        many = len(files) * len(job.variants) >= _BATCH_FILES and file not in files
+        full = filled + nbytes > most or len(batch) >= _BATCH_JOBS or many
         if batch and full:
             yield batch
             batch, files, filled = [], set(), 0
         batch.append(job)
-        files.add(file_of[job.name])
-        filled += size(job)
+        files.add(file)
+        filled += nbytes
     if batch:
         yield batch
 
@@ -57,36 +58,36 @@ class Reader:
 
     def raw(self, job: Job) -> bool:
         """Whether a job moves bytes, whatever they mean."""
-        return job.copy and (self.propagate or self._info(job.inputs[0]).dtype not in ("F32", "F16", "BF16"))
+        return job.copy and (self.propagate or job.infos[0].dtype not in ("F32", "F16", "BF16"))
 
     def elements(self, job: Job) -> int:
-        info = self._info(job.inputs[0])
-        return info.nbytes if self.raw(job) else info.elements
+        return job.nbytes if self.raw(job) else job.infos[0].elements
 
-    def dtypes(self, job: Job) -> list[str]:
+    def output(self, job: Job) -> str:
+        """The dtype that is written."""
+        return "U8" if self.raw(job) else job.dtype
+
+    def dtypes(self, job: Job) -> tuple[str, ...]:
         """Of each input, the base last, and then of the output."""
-        if self.raw(job):
-            return ["U8", "U8"]
-        return [*(self._info(source).dtype for source in job.sources), job.dtype]
+        return ("U8", "U8") if self.raw(job) else (*[info.dtype for info in job.infos], job.dtype)
 
-    def place(self, source: Source) -> tuple[Path, int]:
-        """The file of an input, and its first byte there."""
-        return self.models[source.model].file_of(source.tensor), self._info(source).begin
+    def places(self, job: Job) -> list[tuple[Path, int]]:
+        """The file of each input, the base last, and its first byte there."""
+        return [
+            (self.models[model].file_of(name), info.begin)
+            for (model, name), info in zip(job.sources, job.infos, strict=True)
+        ]
 
     def mapped(self, jobs: Sequence[Job]) -> Batch:
         owners: list[object] = []
         inputs = []
         for job in jobs:
-            views = []
-            for source, dtype in zip(job.sources, self.dtypes(job), strict=False):  # the last is the output's
-                address, owner = self.models[source.model].address(source.tensor)
-                owners.append(owner)
-                views.append(View(address, dtype))
+            places = [self.models[model].address(name) for model, name in job.sources]
+            owners += [owner for _, owner in places]
+            # The last dtype is the output's.
+            views = [View(address, dtype) for (address, _), dtype in zip(places, self.dtypes(job), strict=False)]
             inputs.append(inputs_of(job, self.elements(job), views))
         return Batch(list(jobs), inputs, owners)
-
-    def _info(self, source: Source) -> TensorInfo:
-        return self.models[source.model].tensors[source.tensor]
 
 
 def inputs_of(job: Job, elements: int, views: Sequence[View], begin: int = 0) -> Inputs:
@@ -99,17 +100,14 @@ def share_out(
     batch: Batch, reader: Reader, backend: str, worked: backends.Worked
 ) -> Iterator[tuple[backends.Ops, Batch]]:
     """The batch by the providers of the CPU that do it: most of it goes to the first, float64 to one that takes it."""
-    ops_of: dict[frozenset[str], backends.Ops] = {}
+    by_dtypes: dict[tuple[str, ...], Batch] = {}
     shares: dict[tuple[str, ...], tuple[backends.Ops, Batch]] = {}
     for job, inputs in zip(batch.jobs, batch.inputs, strict=True):
-        dtypes = frozenset(reader.dtypes(job))
-        ops = ops_of.get(dtypes) or backends.Ops(backend, dtypes, "cpu", worked)
-        ops_of[dtypes] = ops
-        _, mine = shares.setdefault(ops.names, (ops, Batch([], [], batch.owners)))
+        dtypes = reader.dtypes(job)
+        if dtypes not in by_dtypes:
+            ops = backends.Ops(backend, dtypes, "cpu", worked)
+            _, by_dtypes[dtypes] = shares.setdefault(ops.names, (ops, Batch([], [], batch.owners)))
+        mine = by_dtypes[dtypes]
         mine.jobs.append(job)
         mine.inputs.append(inputs)
     yield from shares.values()
-
-
-def input_bytes(stage: Stage, job: Job) -> int:
-    return sum(stage.models[source.model].tensors[source.tensor].nbytes for source in job.sources)

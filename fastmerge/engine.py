@@ -10,17 +10,16 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 
 from . import backends
-from .batches import BATCH_BYTES, Reader, in_batches, input_bytes, share_out
+from .batches import BATCH_BYTES, Reader, in_batches, share_out
 from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
 from .choice import Choice
 from .errors import CheckpointError, FastmergeWarning, NonFiniteError, OutputError
 from .measures import Cuts, model_cuts, swept
-from .methods import Base
 from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
 from .planner import plan as make_plan
 from .recipe import Recipe
@@ -175,7 +174,7 @@ class _Watch:
     """Progress and memory, looked at whenever an op comes up for air."""
 
     def __init__(self, plan: Plan, progress: Progress | None) -> None:
-        self.total = sum(job.passes * input_bytes(stage, job) for stage in plan.stages for job in stage.jobs)
+        self.total = sum(job.passes * job.nbytes for stage in plan.stages for job in stage.jobs)
         self.done = 0
         self.peak_anonymous_bytes = 0
         self._progress = progress
@@ -217,7 +216,7 @@ def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Wri
         cuts = model_cuts(stage, reader, work.choice.backend, work.worked, work.run)
         with closing(_done(stage, reader, cuts, list(outputs.values()), work)) as done:
             for job, found in done:
-                if sum(found.nonfinite) and not work.propagate:
+                if any(found.nonfinite) and not work.propagate:
                     raise _nonfinite(job, found, models)
                 for elements, count in zip(overflown.values(), found.overflow, strict=True):
                     if count:
@@ -234,13 +233,13 @@ def _done(
     stage: Stage, reader: Reader, cuts: Cuts, writers: Sequence[Writer], work: _Work
 ) -> Generator[tuple[Job, Found], None, None]:
     """The jobs as they are done: by the CPU, as long as it is the choice, then by GPUs, if there are jobs left."""
-    choice, size = work.choice, partial(input_bytes, stage)
+    choice, size = work.choice, attrgetter("nbytes")
 
     def on_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Job, Found]]:
         for ops, mine in share_out(reader.mapped(jobs), reader, choice.backend, work.worked):
             places = [[writer.target(job.name) for writer in writers] for job in mine.jobs]  # holds the files open
             targets = [
-                [Target(reader.dtypes(job)[-1], offset, file) for file, offset in each]
+                [Target(reader.output(job), offset, file) for file, offset in each]
                 for job, each in zip(mine.jobs, places, strict=True)
             ]
             found = swept(mine, ops, cuts, targets, work.run)
@@ -248,14 +247,16 @@ def _done(
                 writer.written(job.name for job in mine.jobs)
             yield from zip(mine.jobs, found, strict=True)
 
-    left = list(stage.jobs)
+    done, left_bytes = 0, stage.bytes_read
     for jobs in in_batches(stage, stage.jobs, size, BATCH_BYTES):
         if choice.gpu:
             break
         started = time.perf_counter()
         yield from on_cpu(jobs)
-        left = left[len(jobs) :]
-        choice.after(sum(map(size, jobs)), time.perf_counter() - started, sum(map(size, left)))
+        nbytes = sum(map(size, jobs))
+        done, left_bytes = done + len(jobs), left_bytes - nbytes
+        choice.after(nbytes, time.perf_counter() - started, left_bytes)
+    left = stage.jobs[done:]
     if choice.gpu and left:
         streamer = Streamer(
             stage, reader, writers, cuts, choice.gpu, choice.devices, work.worked, work.gpu_memory, work.run
@@ -289,14 +290,14 @@ def _nonfinite(job: Job, found: Found, models: Sequence[Checkpoint]) -> NonFinit
 
 def _warn_of_no_deltas(stage: Stage, models: Sequence[Checkpoint]) -> None:
     """A base that is each of its models: every delta is zero, and the output is the base."""
-    pairs = [
-        (models[job.base.model], job.base.tensor, models[source.model], source.tensor)
-        for job in stage.jobs
-        if job.method.base is Base.ORIGIN and job.base is not None and not job.copy
-        for source in job.inputs
-    ]
+    jobs = [(job.base, job.inputs) for job in stage.jobs if job.base is not None]
     # Frozen embeddings may be equal to the last byte: a look at the start of each tensor settles nearly all cases.
-    if pairs and all(same_bytes(*pair, start_only=start_only) for start_only in (True, False) for pair in pairs):
+    if jobs and all(
+        same_bytes(models[base.model], base.tensor, models[source.model], source.tensor, start_only=start_only)
+        for start_only in (True, False)
+        for base, inputs in jobs
+        for source in inputs
+    ):
         warnings.warn(
             "the base is identical to every model: all deltas are zero, and the output is the base",
             FastmergeWarning,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from .checkpoint import TensorInfo
 from .configs import Described, stated
@@ -72,6 +72,8 @@ class Fit:
     def _misfit(
         self, name: str, models: Sequence[int], infos: Sequence[TensorInfo | None], origin: int | None
     ) -> str | None:
+        if None not in infos and len({(info.dtype, info.shape) for info in infos if info is not None}) == 1:
+            return None
         (lead, first), *others = having = [
             (model, info) for model, info in zip(models, infos, strict=True) if info is not None
         ]
@@ -121,11 +123,11 @@ class Fit:
         return f"{self.name(model)} has names {how}"
 
 
-def common(infos: Sequence[TensorInfo]) -> str:
+def common(infos: Iterable[TensorInfo]) -> str:
     """The dtype that holds all of some tensors that fit: what torch promotes to."""
     dtypes = {info.dtype for info in infos}
     if len(dtypes) == 1:
-        return infos[0].dtype
+        return dtypes.pop()
     widest = max(dtypes, key=FLOATS.__getitem__)
     return "F32" if FLOATS[widest] == 1 else widest
 
@@ -138,12 +140,12 @@ def _why(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> str:
     return ""
 
 
-_CODES = ".qweight .qzeros .weight_packed .weight_scale .weight_scale_inv .absmax .SCB _blocks"
+_CODES = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", "_blocks")
 
 
 def _quantised(model: Described) -> str | None:
     """What shows that a model's numbers are codes, which mean nothing without their scales."""
     if isinstance(config := stated(model.config, "quantization_config"), dict):
         return f"quantization_config in config.json, method {config.get('quant_method', 'unknown')!s}"
-    names = (name for name in model.tensors if name.endswith(tuple(_CODES.split())))
+    names = (name for name in model.tensors if name.endswith(_CODES))
     return next((f"{name!r} is {model.tensors[name].dtype}" for name in names), None)

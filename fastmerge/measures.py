@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 from . import backends
 from .batches import Batch, Reader
-from .methods import Measured, Settings, ranks, rescale_of
+from .methods import Measured, Method, Settings, ranks, rescale_of
 from .planner import Job, Stage
-from .sweep import Cut, Found, Inputs, Keep, Part, Rescale, Run, Sweep, Target
+from .sweep import Cut, Found, Keep, Part, Rescale, Run, Sweep, Target
 
 #: By the name of a job: of each variant the cuts of its whole model, or none where each tensor has its own.
 Cuts = Mapping[str, Sequence[tuple[Cut, ...]]]
@@ -22,14 +23,17 @@ _PROBE = Cut(0.5, -2)
 
 def swept(batch: Batch, ops: backends.Ops, cuts: Cuts, targets: Sequence[Sequence[Target]], run: Run) -> list[Found]:
     """Measures and sweeps each job; at one go where its cuts are all that it wants to know, and the provider can."""
-    numbered = enumerate(zip(batch.jobs, batch.inputs, strict=True))
-    probed = {i: _probed(job, inputs) for i, (job, inputs) in numbered if ops.ranks and job.name not in cuts}
-    ranked = {i: sweeps for i, sweeps in probed.items() if sweeps}
+    ranked = {
+        i: left_open
+        for i, (job, inputs) in enumerate(zip(batch.jobs, batch.inputs, strict=True))
+        if ops.ranks and _selects(job) and job.name not in cuts
+        if (left_open := _left_open(job.method, job.variants, inputs.elements))
+    }
     rest = [i for i in range(len(batch.jobs)) if i not in ranked]
     found = ops.merge_ranked(
         [batch.inputs[i] for i in ranked],
-        list(ranked.values()),
-        [ranks(batch.jobs[i].settings, batch.inputs[i].elements) for i in ranked],
+        [sweeps for sweeps, _ in ranked.values()],
+        [wanted for _, wanted in ranked.values()],
         [targets[i] for i in ranked],
         run,
     )
@@ -45,29 +49,37 @@ def measured(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> list
     products = _gram(batch, provider, run)
     sweeps = [
         [
-            _IDENTITY if job.copy else job.method.sweep(settings, Measured(each, products.get(i, ())))
-            for settings, each in zip(job.variants, chosen[i], strict=True)
+            job.method.sweep(settings, Measured(each, products.get(i, ())))
+            for settings, each in zip(job.variants, chosen.get(i) or ((),) * len(job.variants), strict=True)
         ]
+        if i in chosen or i in products
+        else list(_unmeasured(job.method, job.variants, job.copy))
         for i, job in enumerate(batch.jobs)
     ]
     return _rescaled(batch, sweeps, provider, run)
 
 
-def _selected(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> list[list[tuple[Cut, ...]]]:
-    """Of each job and variant the cuts, where its method wants some: one selection for all variants of equal ranks."""
-    jobs = range(len(batch.jobs))
-    given = [cuts.get(job.name) or ((),) * len(job.variants) for job in batch.jobs]
-    wanted = [
-        [
-            ranks(settings, inputs.elements) if _selects(job) and not has else ()
-            for settings, has in zip(job.variants, given[i], strict=True)
+@lru_cache
+def _unmeasured(method: Method, variants: tuple[Settings, ...], copy: bool) -> tuple[Sweep, ...]:
+    return tuple(_IDENTITY if copy else method.sweep(settings, Measured()) for settings in variants)
+
+
+def _selected(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> dict[int, list[tuple[Cut, ...]]]:
+    """The cuts of each variant, for jobs whose method wants some: one selection for all variants of equal ranks."""
+    given = {i: cuts.get(job.name) or ((),) * len(job.variants) for i, job in enumerate(batch.jobs) if _selects(job)}
+    wanted = {
+        i: [
+            () if has else ranks(settings, batch.inputs[i].elements)
+            for settings, has in zip(batch.jobs[i].variants, each, strict=True)
         ]
-        for i, (job, inputs) in enumerate(zip(batch.jobs, batch.inputs, strict=True))
-    ]
-    once = list(dict.fromkeys((i, each) for i in jobs for each in wanted[i] if each))
+        for i, each in given.items()
+    }
+    once = list(dict.fromkeys((i, each) for i, those in wanted.items() for each in those if each))
     found = provider.threshold([[batch.inputs[i]] for i, _ in once], [each for _, each in once], run)
     chosen = dict(zip(once, found, strict=True))
-    return [[has or chosen.get((i, each), ()) for has, each in zip(given[i], wanted[i], strict=True)] for i in jobs]
+    return {
+        i: [has or chosen[i, each] for has, each in zip(given[i], those, strict=True)] for i, those in wanted.items()
+    }
 
 
 def _gram(batch: Batch, provider: backends.Ops, run: Run) -> dict[int, list[list[float]]]:
@@ -107,17 +119,19 @@ def _selects(job: Job) -> bool:
     return job.method.selects and not job.copy
 
 
-def _probed(job: Job, inputs: Inputs) -> list[Sweep] | None:
-    """The sweeps of a job that wants to know its cuts only and takes them as they come; they are left open in them."""
-    rescaled = any(rescale_of(job.method, settings) is not Rescale.NONE for settings in job.variants)
-    if not _selects(job) or job.method.gram or rescaled:
+@lru_cache
+def _left_open(
+    method: Method, variants: tuple[Settings, ...], count: int
+) -> tuple[list[Sweep], tuple[int, ...]] | None:
+    """For a method that wants to know its cuts only and takes them as they come: the sweeps, which leave them open,
+    and the ranks of `count` elements."""
+    wanted = {ranks(settings, count) for settings in variants}
+    if method.gram or len(wanted) > 1 or any(rescale_of(method, each) is not Rescale.NONE for each in variants):
         return None
-    if len({ranks(settings, inputs.elements) for settings in job.variants}) > 1:
-        return None
-    probe = Measured((_PROBE,) * len(job.inputs))
-    sweeps = [job.method.sweep(settings, probe) for settings in job.variants]
+    probe = Measured((_PROBE,) * len(variants[0].models))
+    sweeps = [method.sweep(settings, probe) for settings in variants]
     as_they_come = all(Cut(part.magnitude, part.ties_end) == _PROBE for sweep in sweeps for part in sweep.parts)
-    return sweeps if as_they_come and all(sweep.keep is Keep.ABOVE for sweep in sweeps) else None
+    return (sweeps, wanted.pop()) if as_they_come and all(sweep.keep is Keep.ABOVE for sweep in sweeps) else None
 
 
 def model_cuts(stage: Stage, reader: Reader, backend: str, worked: backends.Worked, run: Run) -> Cuts:

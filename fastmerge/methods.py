@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import lru_cache
 
 from .sweep import CERTAIN, EVERY, Cut, Elect, Keep, Mean, Part, Rescale, Sweep, TieVote
 
@@ -39,9 +40,12 @@ class Parameter:
     words: tuple[str, ...] = ()  # a flag may take one of these words instead
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Settings:
-    """The parameters of one tensor: those of the method, then those of each model that takes part, in recipe order."""
+    """The parameters of one tensor: those of the method, then those of each model that takes part, in recipe order.
+
+    Tensors with the same parameters share one, so that what follows from it is computed once: it is its own key.
+    """
 
     shared: Mapping[str, Value]
     models: tuple[Mapping[str, Value], ...]
@@ -56,7 +60,7 @@ class Measured:
     gram: Sequence[Sequence[float]] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Method:
     """A row of the table. `models` bounds how many take part, without an ORIGIN base but with an ENDPOINT one."""
 
@@ -75,11 +79,13 @@ class Method:
         return next((p for p in self.parameters if p.name == name), None)
 
 
+@lru_cache
 def ranks(settings: Settings, count: int) -> tuple[int, ...]:
     """How many of `count` elements each model keeps: max(1, int(density * count)), none at density 0."""
     return tuple(_rank(_number(model, "density"), count) for model in settings.models)
 
 
+@lru_cache
 def rescale_of(method: Method, settings: Settings) -> Rescale:
     """The norm that the kept deltas are brought back to after `Keep`, NONE where the method's own factor does it."""
     choice = _rescale(method.random, settings)

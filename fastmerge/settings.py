@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Hashable, Sequence
 
@@ -42,7 +41,7 @@ class Resolver:
         settings, identity = self.made[key]
         if self.method.random:
             keys = tuple(_key(self.seed, place, row.name) for place in range(len(takers)))
-            settings = dataclasses.replace(settings, keys=keys)
+            settings = Settings(settings.shared, settings.models, keys)
         return settings, identity
 
     def _make(self, row: Row, takers: tuple[int, ...]) -> tuple[Settings, bool]:

@@ -24,7 +24,7 @@ from itertools import chain, groupby
 from typing import NamedTuple
 
 from . import backends, gds, memory
-from .batches import BATCH_BYTES, Batch, Reader, in_batches, input_bytes, inputs_of
+from .batches import BATCH_BYTES, Batch, Reader, in_batches, inputs_of
 from .checkpoint import Writer
 from .checkpoint.header import open_regular
 from .errors import BackendError, CheckpointError
@@ -205,7 +205,7 @@ class Streamer:
         """As progress counts them: each look at the inputs, though a GPU reads them once; those of the CPU it knows."""
         if piece.elements is not None:
             return sum(move.nbytes for move in chain(*_Layout.of(piece, self.reader).reads))
-        return sum(input_bytes(self.stage, job) * (job.passes - (job.name in self.cuts)) for job in piece.jobs)
+        return sum(job.nbytes * (job.passes - (job.name in self.cuts)) for job in piece.jobs)
 
 
 class _Piece(NamedTuple):
@@ -283,13 +283,8 @@ class _Layout(NamedTuple):
         counts = [reader.elements(job) if piece.elements is None else piece.elements for job in piece.jobs]
         reads: list[list[_Move]] = []
         for job, count in zip(piece.jobs, counts, strict=True):
-            places = map(reader.place, job.sources)
-            reads.append(
-                [
-                    move(str(file), start, count, dtype)
-                    for (file, start), dtype in zip(places, reader.dtypes(job), strict=False)
-                ]
-            )
+            places = zip(reader.places(job), reader.dtypes(job), strict=False)  # the last dtype is the output's
+            reads.append([move(str(file), start, count, dtype) for (file, start), dtype in places])
         if piece.raw:
             writes = [
                 [_Move(job.name, piece.begin, read.at, read.nbytes)] * len(job.variants)
@@ -428,7 +423,7 @@ def _room(job: Job, reader: Reader) -> int:
 def _held(job: Job, reader: Reader) -> list[str]:
     """The dtypes of all that a block holds of a job: its inputs, and its outputs."""
     *inputs, output = reader.dtypes(job)
-    return inputs + [output] * len(job.variants)
+    return [*inputs, *[output] * len(job.variants)]
 
 
 def _aligned(nbytes: int) -> int:

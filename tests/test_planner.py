@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import struct
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from fastmerge.checkpoint import DTYPE_BITS
-from fastmerge.errors import FastmergeWarning, MismatchError, RecipeError
+from fastmerge.errors import CheckpointError, FastmergeWarning, MismatchError, RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.planner import Job, Plan, Planned, Source, Stage, plan
 from fastmerge.recipe import Recipe
@@ -101,6 +103,40 @@ def test_outputs_are_in_the_order_of_the_base() -> None:
     assert list(jobs("merge_method: ties\nbase_model: shuffled\nparameters: {weight: 1}\nmodels: [model: a]")) == [
         *reversed(llama())
     ]
+
+
+@pytest.mark.usefixtures("models")
+def test_a_job_knows_what_it_reads() -> None:
+    job = jobs(TIES)[layer(0)]
+    assert [(info.name, info.shape) for info in job.infos] == [(layer(0), (6, 4))] * len(job.sources)
+    assert job.nbytes == 3 * 6 * 4 * 4
+
+
+@pytest.mark.usefixtures("models")
+def test_the_same_header_is_looked_at_once() -> None:
+    a, b = stage(LINEAR).models
+    assert all(b.tensors[name] is info for name, info in a.tensors.items())
+
+
+@pytest.mark.usefixtures("models")
+def test_a_file_that_is_cut_is_refused_beside_a_whole_one_with_its_header() -> None:
+    file = Path("b/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert str(file) in refusal(LINEAR, CheckpointError)
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("enabled", [True, False], ids=["on", "off"])
+@pytest.mark.parametrize("text", [LINEAR, "merge_method: linear\nmodels: [model: a]\n"], ids=["planned", "refused"])
+def test_the_garbage_collector_is_left_as_it_was(text: str, enabled: bool) -> None:
+    was = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with suppress(RecipeError):
+            planned(text)
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 @pytest.mark.usefixtures("models")

@@ -14,9 +14,13 @@ import os
 import stat
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from io import FileIO
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from ..errors import CheckpointError
 
@@ -71,7 +75,8 @@ class TensorInfo(NamedTuple):
         return self.end - self.begin
 
 
-class Header(NamedTuple):
+@dataclass(frozen=True)
+class Header:
     """What a file holds: its tensors in the order of their bytes, its metadata, and its size in bytes."""
 
     tensors: dict[str, TensorInfo]
@@ -208,6 +213,18 @@ def _parse(file: FileIO, size: int) -> Header:
         limit = f"longer than {LONGEST_JSON}" if length > LONGEST_JSON else f"beyond the file's {size} bytes"
         raise ValueError(f"it gives its header {length} bytes, {limit}")
     data = _exactly(file, length)
+    header = _known.get((data, size))
+    if header is None:
+        header = _known[data, size] = _header(data, size)
+    return header
+
+
+#: Headers in use, by their text and the size of the file: models of one architecture mostly have the same, and one look
+#: at it will do.
+_known: WeakValueDictionary[tuple[bytes, int], Header] = WeakValueDictionary()
+
+
+def _header(data: bytes, size: int) -> Header:
     if data[:1] != b"{":
         raise ValueError("its header does not begin with `{`")
     if data.rstrip(b" ")[-1:] != b"}":
@@ -216,8 +233,9 @@ def _parse(file: FileIO, size: int) -> Header:
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise ValueError("its __metadata__ is not a flat object of strings")
-    start = 8 + length
-    tensors = sorted((_tensor(name, entry, start) for name, entry in document.items()), key=_place)
+    start = 8 + len(data)
+    tensors = [_tensor(name, entry, start) for name, entry in document.items()]
+    tensors.sort(key=attrgetter("begin", "end"))
     end = start
     for tensor in tensors:
         if tensor.begin != end:
@@ -243,25 +261,33 @@ def _exactly(file: FileIO, count: int) -> bytes:
 def _tensor(name: str, entry: Any, start: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sound = type(dtype) is str and type(shape) is list and {type(begin), type(end), *map(type, shape)} == {int}
+        sound = type(dtype) is str and type(shape) is list and type(begin) is type(end) is int
+        bits = _bits(dtype, *shape) if sound else None
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound or (len(entry) > 3 and nesting(entry) >= DEEPEST):
         raise ValueError(f"the entry of tensor {name!r} is not a dtype, a shape and two data_offsets")
     if not name or "\0" in name:
         raise ValueError(f"tensor name {name!r} is empty or holds a NUL")
-    bits = DTYPE_BITS.get(dtype)
-    if bits is None:
+    if dtype not in DTYPE_BITS:
         raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    count = math.prod(shape)
-    if min(shape, default=0) < 0 or (count == 0 and _overflows(shape)) or count * bits != (end - begin) * 8:
+    if bits is None or bits != (end - begin) * 8:
         raise ValueError(
             f"tensor {name!r} of dtype {dtype} and shape {shape} does not fit its data_offsets [{begin}, {end}]"
         )
     return TensorInfo(name, dtype, tuple(shape), start + begin, start + end)
 
 
-def _overflows(shape: list[int]) -> bool:
+@lru_cache(typed=True)
+def _bits(dtype: str, *shape: int) -> int | None:
+    """How many bits a tensor has, None where there is no such shape or dtype; TypeError for what is no integer."""
+    if not {int}.issuperset(map(type, shape)):
+        raise TypeError
+    possible = dtype in DTYPE_BITS and min(shape, default=0) >= 0 and not (0 in shape and _overflows(shape))
+    return math.prod(shape) * DTYPE_BITS[dtype] if possible else None
+
+
+def _overflows(shape: tuple[int, ...]) -> bool:
     """Whether a dimension, or a product from the left, is beyond 64 bits, as the safetensors library counts."""
     count = 1
     for dim in shape:
@@ -279,7 +305,3 @@ def nesting(entry: dict[str, Any]) -> int:
         depth += 1
         layer = [child for item in layer for child in (item.values() if isinstance(item, dict) else item)]
     return depth
-
-
-def _place(tensor: TensorInfo) -> tuple[int, int]:
-    return tensor.begin, tensor.end

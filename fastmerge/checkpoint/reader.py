@@ -8,7 +8,7 @@ import mmap
 import os
 import threading
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from .header import (
     CONVERT,
     DEEPEST,
     LONGEST_JSON,
+    Header,
     TensorInfo,
     looks_like,
     nesting,
@@ -53,8 +54,8 @@ class Checkpoint:
             tensor: info for shard in shards.values() for tensor, info in shard.tensors.items()
         }
         self._file_of = {tensor: file for file, shard in shards.items() for tensor in shard.tensors}
-        self._stamps = {file: shard.stamp for file, shard in shards.items()}
-        self._mapped: OrderedDict[Path, _Mapped] = OrderedDict()
+        self._shards = shards
+        self._mapped: dict[Path, _Mapped] = {}
         self._lock = threading.Lock()
 
     def file_of(self, tensor: str) -> Path:
@@ -69,10 +70,11 @@ class Checkpoint:
         """
         file = self._file_of[tensor]
         with self._lock:
-            mapped = self._mapped.pop(file, None) or self._map(file)
-            self._mapped[file] = mapped
-            if len(self._mapped) > KEPT_MAPPINGS:
-                self._mapped.popitem(last=False)
+            mapped = self._mapped.get(file)
+            if mapped is None:
+                mapped = self._mapped[file] = self._map(file)
+                if len(self._mapped) > KEPT_MAPPINGS:
+                    self._mapped.pop(next(iter(self._mapped)))
         return mapped.address + self.tensors[tensor].begin, mapped
 
     def check_unchanged(self) -> None:
@@ -85,9 +87,10 @@ class Checkpoint:
             self._compare(file, now)
 
     def _compare(self, file: Path, now: _Stamp) -> None:
-        if now != self._stamps[file]:
+        was = self._shards[file].stamp
+        if now != was:
             raise CheckpointError(
-                f"{file} changed while it was read (it has {now.size} bytes, had {self._stamps[file].size}); "
+                f"{file} changed while it was read (it has {now.size} bytes, had {was.size}); "
                 "wait until whatever writes it is done, and run again"
             )
 
@@ -158,15 +161,16 @@ def _shards(folder: Path) -> dict[Path, _Shard]:
     if total_size not in (None, held):
         _warn(f"{index} says total_size {total_size}, its shards hold {held} bytes; the shards are believed")
     return {
-        folder / name: _Shard({tensor: info for tensor, info in tensors.items() if tensor in weight_map}, stamp)
-        for name, (tensors, stamp) in shards.items()
+        folder / name: shard._replace(tensors={t: info for t, info in shard.tensors.items() if t in weight_map})
+        for name, shard in shards.items()
     }
 
 
 def _open(file: Path) -> _Shard:
     with open_regular(file) as opened:
         stamp = _stamp(os.fstat(opened.fileno()))
-    return _Shard(read_header(file).tensors, stamp)
+    header = read_header(file)
+    return _Shard(header.tensors, stamp, header)
 
 
 def _no_model(folder: Path) -> str:
@@ -296,6 +300,7 @@ class _Shard(NamedTuple):
 
     tensors: Mapping[str, TensorInfo]
     stamp: _Stamp
+    header: Header  # kept, so that files with the same share it
 
 
 def _stamp(status: os.stat_result) -> _Stamp:

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -95,14 +94,12 @@ class Writer:
         self._layout = layout
         self._inputs = inputs
         self._overwrite = overwrite
-        self._places = {
-            tensor: (shard.name, offset) for shard in layout.shards for tensor, offset in shard.offsets.items()
-        }
-        self._ends: dict[tuple[str, int], int] = {}  # of the tensor that begins there
-        for shard in layout.shards:
-            begins = sorted(shard.offsets.values())
-            self._ends |= {(shard.name, at): end for at, end in zip(begins, [*begins[1:], shard.size], strict=True)}
-        self._open: OrderedDict[str, Descriptor] = OrderedDict()
+        self._places: dict[str, tuple[str, int, int]] = {}  # shard, begin and end of each tensor
+        for name, _, offsets, size in layout.shards:
+            ends = [*offsets.values(), size][1:]
+            for (tensor, begin), end in zip(offsets.items(), ends, strict=True):
+                self._places[tensor] = name, begin, end
+        self._open: dict[str, Descriptor] = {}
         self._opening = threading.Lock()
         self._made = False
         self._lock = -1
@@ -138,26 +135,18 @@ class Writer:
 
     def target(self, name: str) -> tuple[Descriptor, int]:
         """Where a tensor's bytes go: a file, open as long as the descriptor is referenced, and an absolute offset."""
-        shard, offset = self._places[name]
-        with self._opening, _named(self._out):
-            file = self._open.pop(shard, None)
-            if file is None:
-                file = Descriptor(os.open(self._temporary(shard), os.O_RDWR | os.O_CLOEXEC))
-            self._open[shard] = file
-            if len(self._open) > _KEPT_FILES:
-                self._open.popitem(last=False)
-        return file, offset
+        shard, begin, _ = self._places[name]
+        return self._file(shard), begin
 
     def written(self, names: Iterable[str]) -> None:
         """Says that tensors are complete: the system begins to put them on disk, and `commit` has less to wait for."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for shard, places in groupby(sorted((*self._places[name], name) for name in names), key=itemgetter(0)):
-            (_, begin, name), *rest = places
-            end = self._ends[shard, rest[-1][1] if rest else begin]
-            file, _ = self.target(name)
+        for shard, places in groupby(sorted([self._places[name] for name in names]), key=itemgetter(0)):
+            (_, begin, end), *rest = places
+            size = (rest[-1][2] if rest else end) - begin
             # Advice that these pages are not needed makes Linux write them back; what it drops is only what is clean.
-            os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._file(shard), begin, size, os.POSIX_FADV_DONTNEED)
 
     def commit(self, sidecars: Mapping[str, bytes]) -> None:
         """Makes the output visible, with these files beside the weights.
@@ -191,6 +180,17 @@ class Writer:
             os.rename(self._temporary(last), self._out / last)
             _sync(self._out)
             os.unlink(self._out / _COMMIT)
+
+    def _file(self, shard: str) -> Descriptor:
+        with self._opening:
+            file = self._open.get(shard)
+            if file is None:
+                with _named(self._out):
+                    file = Descriptor(os.open(self._temporary(shard), os.O_RDWR | os.O_CLOEXEC))
+                self._open[shard] = file
+                if len(self._open) > _KEPT_FILES:
+                    self._open.pop(next(iter(self._open)))
+            return file
 
     def _refuse_occupied(self) -> None:
         there = [name for name in sorted(os.listdir(self._out)) if not name.startswith(LEFTOVER)]
