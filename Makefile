@@ -31,9 +31,13 @@ format: .venv/linters
 	$(BIN)/ruff format $(PYTHONS)
 	$(BIN)/clang-format -i $(CPP)
 
-# make bench OP=merge CASE=mlp METHOD=ties runs one op on one case.
+# make bench OP=merge CASE=mlp METHOD=ties runs one op on one case, PROVIDER=path.py with a provider of one's own beside
+# ours, PARAMS=1.1e9 with models of that size on disk. Then the page of all that was ever measured here: bench/page/.
+CHOSEN = $(if $(PROVIDER),--provider $(PROVIDER)) $(if $(OP),--op $(OP)) $(if $(CASE),--case $(CASE)) \
+	$(if $(METHOD),--method $(METHOD)) $(if $(PARAMS),--params $(PARAMS))
 bench: .venv/built .venv/tests .venv-mergekit/built
-	$(BIN)/python -m pytest bench $(if $(OP),--op $(OP)) $(if $(CASE),--case $(CASE)) $(if $(METHOD),--method $(METHOD)) $(ARGS)
+	$(BIN)/python -m pytest bench $(CHOSEN) --csv bench/history.csv $(ARGS)
+	$(BIN)/python bench/page.py
 
 # Where there is a GPU: the tests, then a few of them once more under compute-sanitizer. Triton compiles only in a
 # process without the tests of its interpreter.
@@ -50,8 +54,7 @@ endif
 
 # make gpu-bench PROVIDER=cuda OP=merge CASE=mlp METHOD=ties narrows it.
 gpu-bench: .venv/built .venv/tests
-	$(BIN)/python -m pytest bench/test_gpu.py $(if $(PROVIDER),--provider $(PROVIDER)) $(if $(OP),--op $(OP)) \
-		$(if $(CASE),--case $(CASE)) $(if $(METHOD),--method $(METHOD)) --csv bench/results/gpu.csv $(ARGS)
+	$(BIN)/python -m pytest bench/test_gpu.py $(CHOSEN) --csv bench/results/gpu.csv $(ARGS)
 
 clean:
 	rm -rf .venv .venv-mergekit build

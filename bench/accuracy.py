@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from cases import TORCH
 from torch import Tensor
 
 from fastmerge import reference
-from fastmerge.sweep import SWEPT, Elect, Inputs, Sweep, View
+from fastmerge.sweep import SWEPT, Elect, Inputs, Run, Sweep, Target, View
 
 _PRECISION = {"F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}  # significant bits, least exponent
 
@@ -39,6 +40,14 @@ def exact(inputs: Inputs, sweep: Sweep) -> Tensor:
     scaled = [reference.scale(d, part.rescale) for d, part in zip(deltas, sweep.parts, strict=True)]
     weighted = [reference.scale(d, part.weight) for d, part in zip(scaled, sweep.parts, strict=True)]
     return reference.add(origin, reference.scale(reference.mean(scaled, weighted, sweep), sweep.lambda_))
+
+
+def assert_bits(merged: Tensor, inputs: Inputs, sweep: Sweep, dtype: str) -> None:
+    """Asserts that a merged tensor, or the head of one, holds the reference's bits."""
+    inputs = inputs._replace(elements=len(merged))
+    expected = torch.full_like(merged, math.nan)
+    reference.merge([inputs], [[sweep]], [[Target(dtype, expected.data_ptr())]], Run())
+    assert torch.equal(merged.view(torch.uint8), expected.view(torch.uint8)), "not the reference's bits"
 
 
 def eager(inputs: Inputs, sweep: Sweep) -> Tensor:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from itertools import cycle
+from dataclasses import replace
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,8 @@ class Case(NamedTuple):
 
     tensors: int
     shape: tuple[int, ...]
+    models: int = MODELS
+    outputs: int = 1
 
     @property
     def elements(self) -> int:
@@ -60,7 +63,7 @@ MANY, ONE = Case(1000, (4096,)), Case(1, (1000, 4096))  # of the same total
 
 
 class Set(NamedTuple):
-    """A base, its fine-tunes and room for an output: one array each, with the tensors of the case end to end."""
+    """A base, its fine-tunes and room for outputs: one array each, with the tensors of the case end to end."""
 
     models: tuple[Any, ...]  # uint8 arrays, or tensors where they lie on a GPU, as are the others
     base: Any
@@ -73,7 +76,7 @@ class Buffers:
     def __init__(self, case: Case, dtype: str) -> None:
         self.case = case
         self.dtype = dtype
-        first = _filled(case.tensors * case.elements, dtype)
+        first = _filled(case, dtype)
         copies = rotated(case, dtype, _last_cache_bytes()) - 1
         self._sets = [first, *(Set(tuple(map(_copied, first.models)), *map(_copied, first[1:])) for _ in range(copies))]
         self._turns = cycle(range(len(self._sets)))
@@ -89,21 +92,23 @@ class Buffers:
         """What an op reads of a set: the models, and deltas from the base or the base as the first of them."""
         each = self._sets[number]
         arrays = each.models[:models] if based else (each.base, *each.models)[-models:]
+        base, starts = _address(each.base), [_address(array) for array in arrays]
         return [
             Inputs(
                 self.case.elements,
-                tuple(View(_address(array) + offset, self.dtype) for array in arrays),
-                View(_address(each.base) + offset, self.dtype) if based else None,
+                tuple(View(start + offset, self.dtype) for start in starts),
+                View(base + offset, self.dtype) if based else None,
             )
             for offset in self._offsets()
         ]
 
-    def targets(self, number: int = 0) -> list[list[Target]]:
-        address = _address(self._sets[number].out)
-        return [[Target(self.dtype, address + offset)] for offset in self._offsets()]
+    def targets(self, number: int = 0, outputs: Sequence[int] = (0,)) -> list[list[Target]]:
+        each = self._sets[number]
+        starts = [_address(each.out) + len(each.base) * output for output in outputs]
+        return [[Target(self.dtype, start + offset) for start in starts] for offset in self._offsets()]
 
     def out(self, number: int = 0) -> Any:
-        """The output's bytes."""
+        """The outputs' bytes."""
         return self._sets[number].out
 
     def _offsets(self) -> list[int]:
@@ -156,9 +161,9 @@ def rotated(case: Case, dtype: str, cache_bytes: int) -> int:
     return math.ceil(4 * cache_bytes / (2 * case.tensors * case.elements * SWEPT[dtype]))
 
 
-def read_by(row: Method) -> tuple[int, bool]:
-    """How many models a method reads here, and whether it takes deltas from a base beside them."""
-    return min(MODELS, row.models[1] or MODELS), row.base is Base.ORIGIN
+def read_by(row: Method, models: int = MODELS) -> tuple[int, bool]:
+    """How many of the models a method reads here, and whether it takes deltas from a base beside them."""
+    return min(models, row.models[1] or models), row.base is Base.ORIGIN
 
 
 def settings(row: Method, models: int) -> Settings:
@@ -166,37 +171,52 @@ def settings(row: Method, models: int) -> Settings:
     shared = {p.name: PARAMETERS.get(p.name, p.default) for p in row.parameters if not p.per_model}
     own = [p for p in row.parameters if p.per_model]
     each = tuple(
-        {p.name: WEIGHTS[i] if p.name == "weight" else PARAMETERS.get(p.name, p.default) for p in own}
-        for i in range(models)
+        {p.name: weight if p.name == "weight" else PARAMETERS.get(p.name, p.default) for p in own}
+        for weight in islice(cycle(WEIGHTS), models)
     )
     return Settings(shared, each, tuple(range(1, models + 1)))
 
 
-def sweeps(provider: Provider, method: str, tensors: Sequence[Inputs], run: Run) -> list[list[Sweep]]:
-    """The sweep of each tensor, after measuring what the method wants to know, as the engine does it."""
+def varied(own: Settings, number: int) -> Settings:
+    """The settings with another lambda or t, or the first model with another weight; those of number 0 as they are."""
+    if number == 0:
+        return own
+    for name in ("lambda", "t"):
+        if name in own.shared:
+            return replace(own, shared={**own.shared, name: own.shared[name] + number / 16})
+    first, *others = own.models
+    return replace(own, models=({**first, "weight": first["weight"] + number / 16}, *others))
+
+
+def sweeps(
+    provider: Provider, method: str, tensors: Sequence[Inputs], run: Run, variants: Sequence[int] = (0,)
+) -> list[list[Sweep]]:
+    """The sweeps of each tensor, after measuring what the method wants to know, as the engine does it."""
     row = METHODS[method]
     own = settings(row, len(tensors[0].models))
+    chosen = [varied(own, number) for number in variants]
     cuts = gram = None
     if row.selects:
         cuts = provider.threshold([[each] for each in tensors], [ranks(own, each.elements) for each in tensors], run)
     if row.gram:
         gram = provider.gram(tensors, run)
     return [
-        [row.sweep(own, Measured(cuts[i] if cuts else (), gram[i].tolist() if gram else ()))]
+        [row.sweep(one, Measured(cuts[i] if cuts else (), gram[i].tolist() if gram else ())) for one in chosen]
         for i in range(len(tensors))
     ]
 
 
-def _filled(elements: int, dtype: str) -> Set:
+def _filled(case: Case, dtype: str) -> Set:
     """A base like trained weights, fine-tunes like trained ones: small deltas, many of them lost to the dtype."""
+    elements = case.tensors * case.elements
     base = np.random.default_rng(0).standard_normal(elements, np.float32) * np.float32(0.02)
     models = []
-    for seed in range(1, MODELS + 1):
+    for seed in range(1, case.models + 1):
         model = np.random.default_rng(seed).standard_normal(elements, np.float32)
         model *= np.float32(0.001)
         model += base
         models.append(narrowed(model, dtype))
-    return Set(tuple(models), narrowed(base, dtype), _room(elements * SWEPT[dtype]))
+    return Set(tuple(models), narrowed(base, dtype), _room(case.outputs * elements * SWEPT[dtype]))
 
 
 def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:

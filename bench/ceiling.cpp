@@ -1,8 +1,8 @@
-// The ceiling of a sweep: the barest loop that reads the same inputs, in the same order, and writes the same output.
+// The ceiling of a sweep: the barest loop that reads the same inputs, in the same order, and writes the same outputs.
 //
 //     out = input_0 ^ input_1 ^ ...        one vector of 64 bytes at a time, so that no read can be left out
 //
-// Bytes per vector: 64 read per input, 64 written unless there is nowhere to write. Compiled by ceiling.py.
+// Bytes per vector: 64 read per input, 64 written per output, of which there may be none. Compiled by ceiling.py.
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,12 +16,26 @@
 #include <immintrin.h>
 #endif
 
+struct Output {
+  int64_t place;  // an address, or an offset in the file
+  int64_t file;
+};
+
+struct Tensor {
+  const char* const* inputs;  // one address per input
+  int64_t count;              // of inputs
+  int64_t bytes;              // of each input, and of each output
+  const Output* outputs;      // at least one
+  int64_t outputs_count;
+};
+
 namespace {
 
 enum Store : int { NONE = 0, PLAIN = 1, STREAMED = 2, TO_FILE = 3 };
 
 constexpr int64_t VECTOR = 64;
 constexpr int64_t TILE = 512 << 10;  // bytes of one input, as the merge has it
+constexpr int64_t CHUNK = 4 << 10;   // of them, that several outputs take in turn from the first cache
 using Vector = uint64_t __attribute__((vector_size(VECTOR), may_alias));
 using Loose = Vector __attribute__((aligned(1)));
 
@@ -61,9 +75,6 @@ void sweep(const char* const* inputs, int inputs_count, char* out, int64_t begin
     if (store != NONE) out[at - begin] = value;
   }
   if (store == NONE) seen ^= total[0] ^ total[1] ^ total[2] ^ total[3] ^ total[4] ^ total[5] ^ total[6] ^ total[7];
-#ifdef __SSE2__
-  if (store == STREAMED) _mm_sfence();
-#endif
 }
 
 template <Store store>
@@ -77,17 +88,36 @@ void sweep(const char* const* inputs, int count, char* out, int64_t begin, int64
   }
 }
 
+void sweep(const Tensor& tensor, int store, char* out, int64_t begin, int64_t end) {
+  const int count = static_cast<int>(tensor.count);
+  if (store == NONE) sweep<NONE>(tensor.inputs, count, out, begin, end);
+  if (store == PLAIN) sweep<PLAIN>(tensor.inputs, count, out, begin, end);
+  if (store == STREAMED) sweep<STREAMED>(tensor.inputs, count, out, begin, end);
+}
+
+void sweep_to_memory(const Tensor& tensor, int store, int64_t begin, int64_t end) {
+  const int64_t step = tensor.outputs_count > 1 ? CHUNK : TILE;
+  for (int64_t at = begin; at < end; at += step) {
+    for (const Output* output = tensor.outputs; output < tensor.outputs + tensor.outputs_count; ++output) {
+      sweep(tensor, store, reinterpret_cast<char*>(output->place) + at, at, std::min(at + step, end));
+    }
+  }
+#ifdef __SSE2__
+  if (store == STREAMED) _mm_sfence();
+#endif
+}
+
+// False where it could not be written.
+bool sweep_to_files(const Tensor& tensor, char* hot, int64_t begin, int64_t end) {
+  sweep(tensor, PLAIN, hot, begin, end);
+  return std::all_of(tensor.outputs, tensor.outputs + tensor.outputs_count, [&](const Output& output) {
+    return pwrite(static_cast<int>(output.file), hot, end - begin, output.place + begin) == end - begin;
+  });
+}
+
 }  // namespace
 
 extern "C" {
-
-struct Tensor {
-  const char* const* inputs;  // one address per input
-  int64_t count;              // of inputs
-  int64_t bytes;              // of each input, and of the output
-  int64_t place;              // of the output: an address, or an offset in the file
-  int64_t file;
-};
 
 // Whether a vector can be written past the caches here.
 int can_stream() {
@@ -117,15 +147,11 @@ int ceiling(const Tensor* tensors, int64_t count, int store, int threads) {
     char* hot = store == TO_FILE ? static_cast<char*>(std::aligned_alloc(VECTOR, TILE)) : nullptr;
     for (size_t number; (number = next++) < tiles.size();) {
       const auto& [tensor, begin, end] = tiles[number];
-      const int inputs = static_cast<int>(tensor->count);
-      char* out = reinterpret_cast<char*>(tensor->place) + begin;
-      if (store == NONE) sweep<NONE>(tensor->inputs, inputs, out, begin, end);
-      if (store == PLAIN) sweep<PLAIN>(tensor->inputs, inputs, out, begin, end);
-      if (store == STREAMED) sweep<STREAMED>(tensor->inputs, inputs, out, begin, end);
-      if (store != TO_FILE) continue;
-      sweep<PLAIN>(tensor->inputs, inputs, hot, begin, end);
-      const ssize_t written = pwrite(static_cast<int>(tensor->file), hot, end - begin, tensor->place + begin);
-      if (written != end - begin) failed = 1;
+      if (store != TO_FILE) {
+        sweep_to_memory(*tensor, store, begin, end);
+      } else if (!sweep_to_files(*tensor, hot, begin, end)) {
+        failed = 1;
+      }
     }
     std::free(hot);
   };

@@ -1,8 +1,9 @@
 """The ceilings that a merge is held against: a compiled loop with the same reads and writes and no arithmetic.
 
-In memory through `Ceiling`; from disk to disk, through our own reader and writer, as a process of its own:
+In memory through `Ceiling`; from disk to disk, through our own reader and writer, as a process of its own, which writes
+OUT, or where there are to be several OUTPUTS, as many folders in it:
 
-    python bench/ceiling.py THREADS OUT MODEL ...
+    python bench/ceiling.py THREADS OUTPUTS OUT MODEL ...
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+
+from fastmerge.sweep import SWEPT, Inputs, Target
 
 _SOURCE = Path(__file__).with_name("ceiling.cpp")
 _BUILT = Path(__file__).with_name("results")
@@ -26,26 +30,46 @@ NONE, PLAIN, STREAMED, _TO_FILE = range(4)
 
 
 class Swept(NamedTuple):
-    """One tensor: the addresses of its inputs, the bytes of each, and where the output goes."""
+    """One tensor: the addresses of its inputs, the bytes of each, and where the output goes; and the others."""
 
     inputs: tuple[int, ...]
     nbytes: int
     place: int = 0  # an address, or an offset in `file`
     file: int = -1
+    others: tuple[tuple[int, int], ...] = ()  # places and files of more outputs
 
 
 class Ceiling:
     """The loop over some tensors, ready to be called."""
 
     def __init__(self, tensors: Sequence[Swept], threads: int) -> None:
+        outputs = [((each.place, each.file), *each.others) for each in tensors]
         self._addresses = [(ctypes.c_void_p * len(each.inputs))(*each.inputs) for each in tensors]
+        self._outputs = [(_Output * len(each))(*each) for each in outputs]
         self._records = (_Tensor * len(tensors))(
             *(
-                _Tensor(ctypes.addressof(addresses), len(each.inputs), each.nbytes, each.place, each.file)
-                for addresses, each in zip(self._addresses, tensors, strict=True)
+                _Tensor(ctypes.addressof(read), len(read), each.nbytes, ctypes.addressof(written), len(written))
+                for each, read, written in zip(tensors, self._addresses, self._outputs, strict=True)
             )
         )
         self._threads = threads
+
+    @classmethod
+    def of(cls, tensors: Sequence[Inputs], targets: Sequence[Sequence[Target]], threads: int) -> Ceiling:
+        """The loop that reads what an op reads and, where it has targets, writes where it writes."""
+        places = [[(target.offset, target.file) for target in each] for each in targets] or [[(0, -1)]] * len(tensors)
+        return cls(
+            [
+                Swept(
+                    tuple(view.address for view in each.views),
+                    each.elements * SWEPT[each.views[0].dtype],
+                    *first,
+                    others=tuple(others),
+                )
+                for each, (first, *others) in zip(tensors, places, strict=True)
+            ],
+            threads,
+        )
 
     def __call__(self, store: int) -> None:
         if _library().ceiling(self._records, len(self._records), store, self._threads):
@@ -82,13 +106,17 @@ def processor() -> str:
     return f"{facts.get('model name', platform.processor())} ({facts.get('cpu family')}/{facts.get('model')})"
 
 
+class _Output(ctypes.Structure):
+    _fields_ = (("place", ctypes.c_int64), ("file", ctypes.c_int64))
+
+
 class _Tensor(ctypes.Structure):
     _fields_ = (
         ("inputs", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("bytes", ctypes.c_int64),
-        ("place", ctypes.c_int64),
-        ("file", ctypes.c_int64),
+        ("outputs", ctypes.c_void_p),
+        ("outputs_count", ctypes.c_int64),
     )
 
 
@@ -103,7 +131,7 @@ def _library() -> ctypes.CDLL:
     return _loaded[0]
 
 
-def _disk_to_disk(threads: int, out: Path, models: Sequence[Path]) -> None:
+def _disk_to_disk(threads: int, out: Path, models: Sequence[Path], outputs: int = 1) -> None:
     """Reads each tensor of each model through our reader, writes as many bytes as one model has through our writer.
 
     In batches of the size that a merge has, after each of which the system is told to put them on disk.
@@ -114,22 +142,28 @@ def _disk_to_disk(threads: int, out: Path, models: Sequence[Path]) -> None:
     checkpoints = [open_checkpoint(model) for model in models]
     infos = checkpoints[0].tensors.values()
     layout = lay_out([(info.name, info.dtype, info.shape) for info in infos], 5_000_000_000)
-    with Writer(out, layout, inputs=models, overwrite=False) as writer:
+    folders = [out] if outputs == 1 else [out / str(number) for number in range(outputs)]
+    with ExitStack() as opened:
+        writers = [opened.enter_context(Writer(folder, layout, inputs=models, overwrite=False)) for folder in folders]
         batch: list[Swept] = []
         names: list[str] = []
         held = []  # what keeps the inputs mapped and the outputs open
         for number, info in enumerate(infos, 1):
             read = [checkpoint.address(info.name) for checkpoint in checkpoints]
-            file, offset = writer.target(info.name)
-            batch.append(Swept(tuple(address for address, _ in read), info.nbytes, offset, file))
+            targets = [writer.target(info.name) for writer in writers]
+            (file, offset), *others = targets
+            addresses = tuple(address for address, _ in read)
+            batch.append(Swept(addresses, info.nbytes, offset, file, tuple((place, into) for into, place in others)))
             names.append(info.name)
-            held += [read, file]
+            held += [read, targets]
             if number == len(infos) or sum(each.nbytes * len(each.inputs) for each in batch) >= BATCH_BYTES:
                 Ceiling(batch, threads)(_TO_FILE)
-                writer.written(names)
+                for writer in writers:
+                    writer.written(names)
                 batch, names, held = [], [], []
-        writer.commit({})
+        for writer in writers:
+            writer.commit({})
 
 
 if __name__ == "__main__":
-    _disk_to_disk(int(sys.argv[1]), Path(sys.argv[2]), [Path(model) for model in sys.argv[3:]])
+    _disk_to_disk(int(sys.argv[1]), Path(sys.argv[3]), [Path(model) for model in sys.argv[4:]], int(sys.argv[2]))

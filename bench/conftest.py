@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,7 @@ from fastmerge.sweep import Run
 _CHOICES = ("provider", "op", "case", "method")
 _ROWS = pytest.StashKey[list["Row"]]()
 _END = pytest.StashKey[float]()
+_RUN = pytest.StashKey[str]()
 
 
 class Ratio(NamedTuple):
@@ -69,6 +71,7 @@ class Row(NamedTuple):
     kernel_seconds: float | None = None  # of the GPU's own work, without the host's
     kernel_share: float | None = None  # of the ceiling by that
     launches: float | None = None
+    at: float | None = None  # the place on a curve of `op` "scale": bytes, threads, models, tensors or settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,6 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable_gc = True
     config.stash[_ROWS] = []
     config.stash[_END] = perf_counter() + 60 * config.getoption("minutes")
+    config.stash[_RUN] = _now()
     if config.getoption("emulated"):
         os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported
 
@@ -122,7 +126,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
         if row.device:  # one by one, as a machine that is lent may be taken away
             request.getfixturevalue("terminal").write_line("  ".join(filter(None, _gpu_cells(row))))
         if path := config.getoption("csv"):
-            _append(path, row, config.getoption("threads"))
+            append(path, row, config.getoption("threads"), config.stash[_RUN])
 
     return keep
 
@@ -147,7 +151,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.line(", ".join(f"{key} {value}" for key, value in about.items()))
     terminalreporter.line("share: the ceiling's time over ours; medians of pairs taken in turn (quartiles)")
     if on_host := [row for row in rows if not row.device]:
-        _show(terminalreporter, _HEADINGS, map(_cells, on_host))
+        several = len({row.provider for row in on_host}) > 1
+        _show(terminalreporter, _HEADINGS, [_cells(row, several) for row in on_host])
     if config.getoption("emulated"):
         terminalreporter.line("emulated and tiny: no figure below means anything")
     if on_gpu := [row for row in rows if row.device]:
@@ -158,9 +163,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _show(reporter: pytest.TerminalReporter, headings: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
-    lines = [headings, *cells]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
-    for line in lines:
+    """A column in which no row has anything is left out."""
+    columns = [column for column in zip(headings, *cells, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
         reporter.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
@@ -168,6 +174,8 @@ _HEADINGS = (
     "op",
     "method",
     "case",
+    "at",
+    "provider",
     "seconds",
     "GB/s",
     "ceiling",
@@ -212,7 +220,8 @@ def _gpu_cells(row: Row) -> list[str]:
     ]
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, several: bool) -> list[str]:
+    """`several` providers are told apart by name."""
     share = f"{row.share.median:.0%} ({row.share.low:.0%} to {row.share.high:.0%})" if row.share else ""
     against = f"{row.times.median:.2f} x {row.against}" if row.times else ""
     error = "" if row.error_ulp is None else f"{row.error_ulp:.3f}"
@@ -226,6 +235,8 @@ def _cells(row: Row) -> list[str]:
         row.op,
         row.method,
         row.case,
+        "" if row.at is None else f"{row.at:g}",
+        row.provider if several else "",
         f"{row.seconds:.4f}",
         *rates,
         share,
@@ -236,8 +247,9 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _append(path: Path, row: Row, threads: int) -> None:
-    values = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **_about(threads)}
+def append(path: Path, row: Row, threads: int, run: str) -> None:
+    """`run` is shared by the rows of one session: when it began."""
+    values = {"run": run, "date": _now(), **_about(threads)}
     for key, value in row._asdict().items():
         if isinstance(value, Ratio) or key in ("share", "times"):
             values |= {f"{key}_{name}": getattr(value, name, "") for name in Ratio._fields}
@@ -269,9 +281,17 @@ def _about(threads: int) -> dict[str, object]:
     }
 
 
+@cache
 def _revision() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """Dirty where anything differs but what the bench itself writes."""
+    git = ("git", "-C", str(Path(__file__).parents[1]))
+    changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/history.csv", ":!bench/page"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=True).stdout.strip()
+        return f"{name}-dirty" if subprocess.run(changed).returncode else name
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -20,7 +20,8 @@ def task_arithmetic(models: Sequence[Tensor], base: Tensor) -> Tensor:
 
 
 def ties(models: Sequence[Tensor], base: Tensor) -> Tensor:
-    return base + _elected([_trimmed(model - base) for model in models])
+    agreeing, mass = _elected([_trimmed(model - base) for model in models])
+    return base + agreeing / torch.where(mass == 0, 1, mass)
 
 
 def dare_linear(models: Sequence[Tensor], base: Tensor) -> Tensor:
@@ -28,7 +29,8 @@ def dare_linear(models: Sequence[Tensor], base: Tensor) -> Tensor:
 
 
 def dare_ties(models: Sequence[Tensor], base: Tensor) -> Tensor:
-    return base + _elected([_dropped(model - base) for model in models])
+    agreeing, _ = _elected([_dropped(model - base) for model in models])
+    return base + agreeing
 
 
 def slerp(models: Sequence[Tensor], base: Tensor | None) -> Tensor:
@@ -38,6 +40,10 @@ def slerp(models: Sequence[Tensor], base: Tensor | None) -> Tensor:
     angle = torch.acos(cosine.clamp(-1, 1))
     along = torch.sin((1 - _T) * angle) / torch.sin(angle) * one + torch.sin(_T * angle) / torch.sin(angle) * other
     return torch.where(cosine.abs() > 0.9995, (1 - _T) * one + _T * other, along.to(one.dtype))
+
+
+def passthrough(models: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    return models[0].clone()
 
 
 def _weighted(tensors: Sequence[Tensor]) -> Tensor:
@@ -53,9 +59,9 @@ def _dropped(delta: Tensor) -> Tensor:
     return torch.where(torch.rand(delta.shape, device=delta.device) < _DENSITY, delta / _DENSITY, 0)
 
 
-def _elected(deltas: Sequence[Tensor]) -> Tensor:
+def _elected(deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The sum of the weighted deltas that agree with the vote, and of their weights."""
     weights = torch.tensor(WEIGHTS, dtype=deltas[0].dtype, device=deltas[0].device)[:, None]
     weighted = torch.stack(list(deltas)) * weights  # [M, n]
     agree = (weighted.sign() == torch.where(weighted.sum(0) >= 0, 1, -1)) & (weighted != 0)
-    mass = (agree * weights).sum(0)
-    return (weighted * agree).sum(0) / torch.where(mass == 0, 1, mass)
+    return (weighted * agree).sum(0), (agree * weights).sum(0)

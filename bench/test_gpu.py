@@ -15,11 +15,11 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import ceiling
+import disk
 import marks
 import numpy as np
 import peers
 import pytest
-import test_merge
 import torch
 from cases import GPU_CASES, MANY, ONE, Case, Resident, Set, read_by, resident, settings, sweeps
 from conftest import Ratio, Row
@@ -436,14 +436,10 @@ def test_against_pytorch(
 
 
 @pytest.fixture(scope="module")
-def models(request: pytest.FixtureRequest, card: Card) -> Iterator[test_merge.Models]:
-    params = int(request.config.getoption("params"))
-    with tempfile.TemporaryDirectory(prefix="fastmerge-bench-") as folder, pytest.MonkeyPatch.context() as patch:
-        if card.emulated:
-            params = 100_000
-            for name, size in (("_HIDDEN", 64), ("_INNER", 128), ("_VOCABULARY", 500)):
-                patch.setattr(test_merge, name, size)
-        yield test_merge._write_models(Path(folder), params)
+def models(request: pytest.FixtureRequest, card: Card) -> Iterator[disk.Models]:
+    parameters = 100_000 if card.emulated else request.config.getoption("params")
+    with tempfile.TemporaryDirectory(prefix="fastmerge-bench-") as folder:
+        yield disk.write_llamas(Path(folder), parameters)
 
 
 @pytest.mark.parametrize("case", ["checkpoint"])
@@ -455,7 +451,7 @@ def test_disk_to_disk(
     op: str,
     case: str,
     method: str,
-    models: test_merge.Models,
+    models: disk.Models,
     card: Card,
     providers: Callable[[str], Any],
     run: Run,
@@ -468,7 +464,7 @@ def test_disk_to_disk(
     if card.emulated and provider == "triton":
         pytest.skip("the interpreter takes hours for a checkpoint")
     device = providers(provider).device(0)
-    recipe = test_merge._recipe(method, models)
+    recipe = disk.recipe_of(method, models)
     read = [checkpoint.path for checkpoint in fastmerge.plan(recipe).stages[0].models]
     out = models.folder / "merged"
     up = 2 * models.parameters * len(read)
@@ -482,7 +478,7 @@ def test_disk_to_disk(
         )
 
     _alone(merge, out)
-    test_merge._checked(recipe, out)
+    disk.checked(recipe, out)
     pairs = [(floor(), _alone(merge, out)) for _ in range(2 if card.emulated else 4)][1:]
     floors, ours = zip(*pairs, strict=True)
     nbytes = up + 2 * models.parameters

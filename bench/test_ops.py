@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import accuracy
 import numpy as np
+import providers
 import pytest
 import torch
-from cases import CASES, TORCH, Buffers, read_by, settings, sweeps
+from cases import CASES, TORCH, Buffers, sweeps
 from ceiling import Ceiling, Swept, stores
 from conftest import Ratio, Row
 
-from fastmerge import backends, reference
-from fastmerge.methods import METHODS, ranks
+from fastmerge import native, reference
 from fastmerge.sweep import SWEPT, Inputs, Run, Sweep, View
 
 _MERGES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp", "passthrough")
@@ -29,17 +30,24 @@ _OPS = (
 )
 _CHECKED = 1 << 20  # elements of a tensor, from the first, that a sweep is compared on: the reference takes its time
 _LEAST_SECONDS, _MOST_ROUNDS = 0.5, 200  # small cases take more rounds
+_MOST_SECONDS, _LEAST_ROUNDS = 10, 3  # slow providers and peers take fewer
 
 
 class Work(NamedTuple):
-    """An op on the sets of some buffers, by number."""
+    """An op on the sets of some buffers, by number, and what it is held against."""
 
     inputs: Callable[[int], list[Inputs]]
     call: Callable[[int], Any]
     writes: bool
     error_ulp: float | None = None
     eager_error_ulp: float | None = None
-    sweep: Callable[[int], Any] | None = None  # of a whole method: its sweep alone
+    beside: Callable[[int], Any] | None = None  # of a whole method: its sweep alone; of another provider: ours
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "by" in metafunc.fixturenames:
+        pairs = providers.contestants(metafunc.config.getoption("provider"))
+        metafunc.parametrize(("provider", "by"), pairs, ids=[Path(by).stem for _, by in pairs])
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,8 @@ def case(request: pytest.FixtureRequest) -> tuple[str, Buffers]:
 @pytest.mark.parametrize("case", CASES, indirect=True, scope="module")
 @pytest.mark.parametrize(("op", "method"), _OPS, ids=["-".join(each) for each in _OPS])
 def test_op(
+    provider: str,
+    by: str,
     op: str,
     method: str,
     case: tuple[str, Buffers],
@@ -59,14 +69,19 @@ def test_op(
     benchmark: Any,
     request: pytest.FixtureRequest,
 ) -> None:
+    """`provider` is who was asked for, `by` who runs: a file of one's own brings the built-in ones along."""
     name, buffers = case
-    provider = backends.provider("cpu")
-    work = {"merge": _merge, "whole": _whole, "gram": _gram, "norms": _norms, "threshold": _threshold}[op](
-        method, buffers, provider, run
-    )
+    runner = providers.load(by)
+    if names := providers.lacking(runner, op, method):
+        pytest.skip(f"{runner.name} defines no {names}")
+    torch.set_num_threads(run.threads)
+    try:
+        work = worked(op, method, buffers, runner, run)
+    except NotImplementedError as error:
+        pytest.skip(f"{runner.name}, {op} {method}: {error}")
     kinds = stores(work.writes)
     barest = [_ceiling(work, buffers, number, run.threads) for number in range(len(buffers))]
-    before: dict[Any, list[float]] = {kind: [] for kind in (*kinds, "sweep")}
+    before: dict[Any, list[float]] = {kind: [] for kind in (*kinds, "beside")}
 
     spent: list[float] = []
 
@@ -76,114 +91,98 @@ def test_op(
         spent.append(process_time() - start)
 
     def others() -> tuple[tuple[int], dict[str, Any]]:
-        """What goes before each round of the op: the ceiling with each kind of store, and the sweep alone."""
+        """What goes before each round of the op: the ceiling with each kind of store, and what it is held against."""
         for kind in kinds:
-            before[kind].append(_seconds(barest[buffers.turn()], kind))
-        if work.sweep:
-            before["sweep"].append(_seconds(work.sweep, buffers.turn()))
+            before[kind].append(timed(barest[buffers.turn()], kind))
+        if work.beside:
+            before["beside"].append(timed(work.beside, buffers.turn()))
         return (buffers.turn(),), {}
 
-    rounds = max(request.config.getoption("rounds"), min(_MOST_ROUNDS, int(_LEAST_SECONDS / _seconds(work.call, 0))))
-    benchmark.pedantic(op_itself, setup=others, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(op_itself, setup=others, rounds=rounds(timed(work.call, 0), request.config), warmup_rounds=1)
     seconds = benchmark.stats.stats.data
     before = {kind: times[-len(seconds) :] for kind, times in before.items()}  # without the warm-up
     best = min(kinds, key=lambda kind: median(before[kind]))
-    nbytes = _nbytes(work, buffers)
+    times, against = None, ""
+    if runner is not native:
+        times, against = Ratio.of(before["beside"], seconds), "as fast as cpu"
+    elif work.beside:
+        times, against = Ratio.of(seconds, before["beside"]), "its sweep"
     row = Row(
         op,
         name,
         method,
         buffers.dtype,
         median(seconds),
-        nbytes / median(seconds) / 1e9,
-        nbytes / median(before[best]) / 1e9,
+        nbytes(work, buffers) / median(seconds) / 1e9,
+        nbytes(work, buffers) / median(before[best]) / 1e9,
         Ratio.of(before[best], seconds),
         Ratio.of(spent[-len(seconds) :], seconds).median,
-        Ratio.of(seconds, before["sweep"]) if work.sweep else None,
-        "its sweep" if work.sweep else "",
+        times,
+        against,
         work.error_ulp,
         work.eager_error_ulp,
         "eager torch" if work.eager_error_ulp is not None else "",
+        provider=runner.name,
     )
     benchmark.extra_info.update(gbps=row.gbps, ceiling_gbps=row.ceiling_gbps, share=row.share.median)
     record(row)
 
 
-# --- the ops; each is right before it is timed ---
+def rounds(seconds: float, config: pytest.Config) -> int:
+    """Of a call that takes so long: more of a short one, fewer of a very long one."""
+    wanted = max(config.getoption("rounds"), min(_MOST_ROUNDS, int(_LEAST_SECONDS / seconds)))
+    return min(wanted, max(_LEAST_ROUNDS, int(_MOST_SECONDS / seconds)))
 
 
-def _merge(method: str, buffers: Buffers, provider: backends.Provider, run: Run) -> Work:
-    """The sweep with everything measured beforehand."""
-    reads = read_by(METHODS[method])
-    settled = sweeps(provider, method, buffers.inputs(*reads), run)
-    sets = [(buffers.inputs(*reads, number), settled, buffers.targets(number), run) for number in range(len(buffers))]
+def worked(op: str, method: str, buffers: Buffers, by: Any, run: Run) -> Work:
+    """An op that is right, on odd tensors and on these: with everything measured beforehand, but for `whole`."""
+    providers.check(by, op, method, buffers.dtype, run)
+    sets = range(len(buffers))
+    inputs = [buffers.inputs(*providers.reads(op, method), number) for number in sets]
+    settled = [] if op in ("gram", "threshold") else sweeps(native, method, inputs[0], run)
+
+    def on_each(by: Any, op: str) -> Callable[[int], Any]:
+        calls = [providers.bound(by, op, method, inputs[n], settled, buffers.targets(n), run) for n in sets]
+        return lambda number: calls[number]()
+
+    call = on_each(by, op)
+    if op in ("merge", "whole"):
+        buffers.out()[:] = 0xFF
+        call(0)
+        errors = _checked(buffers, inputs[0], settled)
+    else:
+        errors = {}
+        some = [head(each) for each in inputs[0]] if op == "norms" else inputs[0]
+        judge = native if by is reference else reference
+        ours, theirs = (providers.bound(each, op, method, some, settled, (), run)() for each in (by, judge))
+        providers.same(ours, theirs, f"{by.name}, {op} {method}: not what {judge.name} returns")
+    beside = None
+    if by is not native:
+        beside = on_each(native, op)
+        _assert_as_native(call, beside, buffers, f"{by.name}, {op} {method}: not what cpu makes of the whole tensors")
+    elif op == "whole":
+        beside = on_each(native, "merge")
+    return Work(inputs.__getitem__, call, op in ("merge", "whole"), **errors, beside=beside)
+
+
+# --- right before it is timed ---
+
+
+def _assert_as_native(call: Callable[[int], Any], ours: Callable[[int], Any], buffers: Buffers, otherwise: str) -> None:
+    """To the last element: what `call` wrote and returned of the first set is what the compiled core does."""
     buffers.out()[:] = 0xFF
-    provider.merge(*sets[0])
-    return Work(
-        lambda number: sets[number][0],
-        lambda number: provider.merge(*sets[number]),
-        writes=True,
-        **_checked(buffers, sets[0][0], settled),
-    )
-
-
-def _whole(method: str, buffers: Buffers, provider: backends.Provider, run: Run) -> Work:
-    """Measuring and the sweep, at one go where the engine does that."""
-    alone = _merge(method, buffers, provider, run)
-    row = METHODS[method]
-    known = sweeps(provider, method, alone.inputs(0), run)
-    wanted = [ranks(settings(row, len(each.models)), each.elements) for each in alone.inputs(0)] if row.selects else []
-
-    def call(number: int) -> None:
-        inputs = alone.inputs(number)
-        if wanted:  # the cuts within `known` are not looked at
-            provider.merge_ranked(inputs, known, wanted, buffers.targets(number), run)
-        else:
-            provider.merge(inputs, sweeps(provider, method, inputs, run), buffers.targets(number), run)
-
+    returned = call(0)
+    written = buffers.out().copy()
     buffers.out()[:] = 0xFF
-    call(0)
-    inputs = alone.inputs(0)
-    errors = _checked(buffers, inputs, sweeps(provider, method, inputs, run))
-    return alone._replace(call=call, sweep=alone.call, **errors)
-
-
-def _gram(tensors: str, buffers: Buffers, provider: backends.Provider, run: Run) -> Work:
-    sets = [buffers.inputs(int(tensors), False, number) for number in range(len(buffers))]
-    _assert_close(provider.gram(sets[0], run), reference.gram(sets[0], run))
-    return Work(sets.__getitem__, lambda number: provider.gram(sets[number], run), writes=False)
-
-
-def _norms(method: str, buffers: Buffers, provider: backends.Provider, run: Run) -> Work:
-    reads = read_by(METHODS[method])
-    sets = [buffers.inputs(*reads, number) for number in range(len(buffers))]
-    settled = [sweep for (sweep,) in sweeps(provider, method, sets[0], run)]
-    short = [_head(each) for each in sets[0]]
-    _assert_close(provider.norms(short, settled, run), reference.norms(short, settled, run))
-    return Work(sets.__getitem__, lambda number: provider.norms(sets[number], settled, run), writes=False)
-
-
-def _threshold(method: str, buffers: Buffers, provider: backends.Provider, run: Run) -> Work:
-    row = METHODS[method]
-    models, based = read_by(row)
-    sets = [buffers.inputs(models, based, number) for number in range(len(buffers))]
-    wanted = [ranks(settings(row, models), each.elements) for each in sets[0]]
-
-    def call(number: int, by: Any = provider) -> Any:
-        return by.threshold([[each] for each in sets[number]], wanted, run)
-
-    assert call(0) == call(0, reference)
-    return Work(sets.__getitem__, call, writes=False)
-
-
-# --- what they share ---
+    providers.same(returned, ours(0), otherwise)
+    assert np.array_equal(written, buffers.out()), otherwise
 
 
 def _checked(buffers: Buffers, inputs: Sequence[Inputs], settled: Sequence[Sequence[Sweep]]) -> dict[str, float]:
     """Asserts that the output holds the reference's bits; gives the error of both against float64, ours and eager's."""
     size = SWEPT[buffers.dtype]
     ours, theirs = [], []
-    for number, (each, (sweep,)) in enumerate(zip(map(_head, inputs), settled, strict=True)):
+    for number, (each, (sweep,)) in enumerate(zip(map(head, inputs), settled, strict=True)):
         (target,) = buffers.targets()[number]
         out = accuracy.tensor_in(View(target.offset, target.dtype), each.elements)
         expected = np.full(each.elements * size, 0xFF, np.uint8)
@@ -197,13 +196,8 @@ def _checked(buffers: Buffers, inputs: Sequence[Inputs], settled: Sequence[Seque
     return {"error_ulp": accuracy.worst(ours), "eager_error_ulp": accuracy.worst(theirs)}
 
 
-def _head(inputs: Inputs) -> Inputs:
+def head(inputs: Inputs) -> Inputs:
     return inputs._replace(elements=min(inputs.elements, _CHECKED))
-
-
-def _assert_close(ours: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
-    for one, other in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-10)
 
 
 def _ceiling(work: Work, buffers: Buffers, number: int, threads: int) -> Ceiling:
@@ -220,13 +214,13 @@ def _ceiling(work: Work, buffers: Buffers, number: int, threads: int) -> Ceiling
     return Ceiling(swept, threads)
 
 
-def _nbytes(work: Work, buffers: Buffers) -> int:
+def nbytes(work: Work, buffers: Buffers) -> int:
     return SWEPT[buffers.dtype] * sum(
         each.elements * (len(each.models) + (each.base is not None) + work.writes) for each in work.inputs(0)
     )
 
 
-def _seconds(call: Callable[[int], Any], argument: int) -> float:
+def timed(call: Callable[[int], Any], argument: int) -> float:
     start = perf_counter()
     call(argument)
     return perf_counter() - start
