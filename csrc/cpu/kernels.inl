@@ -475,9 +475,10 @@ typename L::D half_of(typename L::F value, int half) {
   return L::low(value);
 }
 
-// All inner products of a few models, in one read; what is not finite counts as 0.
-template <DType dtype, int models, bool has_base>
-void gram_run(const char* const* inputs, int count, double* sums) {
+// All inner products of a few models, in one read. What is not finite counts as 0 where it is `looked` for; else
+// nothing is added then, and the answer is no.
+template <DType dtype, int models, bool has_base, bool looked>
+bool gram_run(const char* const* inputs, int count, double* sums) {
   constexpr int size = dtype == DType::F32 ? 4 : 2, vectors = L::vectors<dtype>, line = vectors * L::width;
   constexpr int step = line < SUM_LANES ? SUM_LANES : line;
   const U largest = L::word(INFINITE - 1);
@@ -492,7 +493,8 @@ void gram_run(const char* const* inputs, int count, double* sums) {
         L::read_line<dtype>(inputs[model] + place, deltas[model]);
         for (int v = 0; v < vectors; ++v) {
           if (has_base) deltas[model][v] = deltas[model][v] - bases[v];
-          deltas[model][v] = L::where(L::at_least(largest, L::magnitude(deltas[model][v])), deltas[model][v]);
+          if (looked)
+            deltas[model][v] = L::where(L::at_least(largest, L::magnitude(deltas[model][v])), deltas[model][v]);
         }
       }
       for (int v = 0; v < vectors; ++v) {
@@ -509,10 +511,24 @@ void gram_run(const char* const* inputs, int count, double* sums) {
       }
     }
   }
-  const Sum<dtype>* product = products;
-  for (int row = 0; row < models; ++row) {
-    for (int column = row; column < models; ++column) sums[row * models + column] += (product++)->total();
+  double totals[models * (models + 1) / 2];
+  bool finite = true;
+  for (int i = 0; i < models * (models + 1) / 2; ++i) {
+    totals[i] = products[i].total();
+    finite &= totals[i] * 0.0 == 0.0;
   }
+  if (!finite) return false;
+  const double* total = totals;
+  for (int row = 0; row < models; ++row) {
+    for (int column = row; column < models; ++column) sums[row * models + column] += *total++;
+  }
+  return true;
+}
+
+template <DType dtype, int models, bool has_base>
+void gram_run(const char* const* inputs, int count, double* sums) {
+  if (gram_run<dtype, models, has_base, false>(inputs, count, sums)) return;
+  gram_run<dtype, models, has_base, true>(inputs, count, sums);
 }
 
 template <DType dtype, int models>
