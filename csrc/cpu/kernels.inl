@@ -173,7 +173,7 @@ uint32_t sweep_run(const Call& call, int from, int to) {
     for (int v = 0; v < vectors; ++v) L::write<DType::F32>(output.to + (at + v * L::width) * 4, out[v]);
   };
 
-  if (elect == Elect::NONE && call.settings == 1) {
+  if (elect == Elect::NONE && !has_base && call.settings == 1) {
     const F lambda = L::set(call.outputs->lambda);
     for (int at = from; at < to; at += line) {
       F bases[vectors], means[vectors];
@@ -183,7 +183,8 @@ uint32_t sweep_run(const Call& call, int from, int to) {
     }
     return largest_of(worst);
   }
-  // Short loops instead of one long: a chain of so many operations would keep the processor waiting for itself.
+  // Short loops instead of one long: a chain of so many operations would keep the processor waiting for itself, and
+  // lines written one after another cost less than lines written between reads.
   constexpr int block = 16 * L::width;
   float block_means[block];
   for (int start = from; start < to; start += block) {
