@@ -60,6 +60,9 @@ class Peer(Protocol):
     def merged(self) -> list[Tensor]:
         """The outcome of the last."""
 
+    def density(self, dtype: torch.dtype) -> float:
+        """With which it keeps, where it drops at random."""
+
 
 @pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest) -> tuple[str, Buffers]:
@@ -146,6 +149,10 @@ class _Torch:
     def merged(self) -> list[Tensor]:
         return self._merged
 
+    @staticmethod
+    def density(dtype: torch.dtype) -> float:
+        return PARAMETERS["density"]
+
 
 def _compiled(method: str) -> _Torch:
     """By inductor, tried on a few elements: a graph break leaves some of it eager, but not all."""
@@ -193,6 +200,11 @@ class _Mergekit:
             path = str(Path(folder) / "merged.safetensors")
             self._ask({"save": path})
             return [tensor.clone() for _, tensor in sorted(load_file(path).items())]
+
+    @staticmethod
+    def density(dtype: torch.dtype) -> float:
+        """It draws with a probability of the tensors' own dtype."""
+        return float(torch.tensor(PARAMETERS["density"], dtype=dtype))
 
     def _ask(self, line: dict[str, Any]) -> dict[str, Any]:
         assert self._child.stdin is not None
@@ -253,7 +265,7 @@ def _assert_drops_as_told(peer: Peer, buffers: Buffers) -> None:
     peer.hold([[Arguments([ones.clone() for _ in WEIGHTS], zeros)] * case.tensors])
     peer.seconds(0)
     values = torch.cat(peer.merged()).to(torch.float64) * PARAMETERS["density"]  # the kept weights, summed
-    count, density = values.numel(), PARAMETERS["density"]
+    count, density = values.numel(), peer.density(dtype)
     for kept in product((False, True), repeat=len(WEIGHTS)):
         mass = sum(weight for weight, keeps in zip(WEIGHTS, kept, strict=True) if keeps)
         share = density ** sum(kept) * (1 - density) ** (len(kept) - sum(kept))

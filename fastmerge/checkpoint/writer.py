@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -164,14 +165,14 @@ class Writer:
             self._open.clear()
             for name, data in files.items():
                 self._write(self._temporary(name), data)
-            for shard in self._layout.shards:
-                _sync(self._temporary(shard.name))
+            _sync_all([self._temporary(name) for name in (*(shard.name for shard in self._layout.shards), *files)])
             if self._overwrite:
                 self._remove_stale()
             last = SINGLE if self._layout.weight_index is None else INDEX
             names = [name for name in (*(shard.name for shard in self._layout.shards), *files) if name != last]
             names.sort(key=lambda name: name == CONFIG)  # loaders that take any *.safetensors still want a config
             self._write(self._temporary(_COMMIT), "\n".join([*names, last]).encode())
+            _sync(self._temporary(_COMMIT))
             os.rename(self._temporary(_COMMIT), self._out / _COMMIT)
             _sync(self._out)
             for name in names:
@@ -217,7 +218,6 @@ class Writer:
     def _write(self, path: Path, data: bytes) -> None:
         with _new(path) as descriptor:
             _write_all(descriptor, data)
-            os.fsync(descriptor)
 
     def _temporary(self, name: str) -> Path:
         return self._out / _temporary(name)
@@ -339,6 +339,12 @@ def _write_all(descriptor: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+def _sync_all(paths: Sequence[Path]) -> None:
+    """All at once: a file system puts what is asked for meanwhile on disk together."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_sync, paths))
 
 
 def _sync(path: Path) -> None:
