@@ -10,7 +10,7 @@ TOOLS := cmake ninja pybind11 scikit-build-core
 BUILD := --no-build-isolation --config-settings=cmake.define.FASTMERGE_WERROR=ON
 CORE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc bench tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
-PYTHONS := fastmerge kernels tests bench
+PYTHONS := fastmerge kernels tests bench docs
 
 .PHONY: demo test lint format bench gpu-test gpu-bench clean
 

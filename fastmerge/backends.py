@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
@@ -143,6 +143,17 @@ class Ops:
         provider: Any = self._working("merge")
         _, found = provider.merge_ranked(tensors, sweeps, ranks, targets, run)
         return list(found)
+
+    def compute(
+        self,
+        tensors: Sequence[Inputs],
+        functions: Sequence[Sequence[Callable[..., Any]]],
+        targets: Sequence[Sequence[Target]],
+        run: Run,
+    ) -> list[Found]:
+        """`merge` by functions of whole torch tensors, where the provider is torch."""
+        provider: Any = self._working("merge")
+        return list(provider.compute(tensors, functions, targets, run))
 
     def devices(self) -> list[Device]:
         return _devices(self._by["merge"])

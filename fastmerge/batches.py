@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import backends
-from .checkpoint import Checkpoint
+from .checkpoint import DTYPE_BITS, Checkpoint
+from .methods import by_rows
 from .planner import Job, Stage
-from .sweep import Inputs, View
+from .sweep import Found, Inputs, Target, View
 
 #: Inputs that are measured and swept together, in bytes: small enough to be in the page cache the second time.
 BATCH_BYTES = 1 << 28
 _BATCH_JOBS = 512
+_BATCH_ROWS = 4096  # of one tensor
 _BATCH_FILES = 16  # of all outputs that a batch writes to, which are open together
 
 
@@ -96,18 +98,49 @@ def inputs_of(job: Job, elements: int, views: Sequence[View], begin: int = 0) ->
     return Inputs(elements, tuple(views[:models]), views[models] if job.base else None, begin)
 
 
+def row_of(job: Job) -> int:
+    """How long the rows of a job are, each of which is merged as a tensor of its own; 0 where the whole is one."""
+    return job.shape[-1] if len(job.shape) > 1 and by_rows(job.settings) else 0
+
+
+def in_rows(width: int, inputs: Inputs, targets: Sequence[Target]) -> Iterator[tuple[list[Inputs], list[list[Target]]]]:
+    """The rows of a tensor, `width` elements each, as tensors of their own, some thousand at a time."""
+    pitch = {dtype: DTYPE_BITS[dtype] // 8 * width for _, dtype in inputs.views} | {
+        target.dtype: DTYPE_BITS[target.dtype] // 8 * width for target in targets
+    }
+    starts = range(inputs.elements // width)
+    for at in range(0, len(starts), _BATCH_ROWS):
+        rows = starts[at : at + _BATCH_ROWS]
+        views = [[View(address + row * pitch[dtype], dtype) for address, dtype in inputs.views] for row in rows]
+        yield (
+            [Inputs(width, tuple(each[: len(inputs.models)]), each[-1] if inputs.base else None) for each in views],
+            [[target._replace(offset=target.offset + row * pitch[target.dtype]) for target in targets] for row in rows],
+        )
+
+
+def joined(parts: Iterable[Found]) -> Found:
+    """What was found in the parts of a tensor, whose indices are those of the whole."""
+    nonfinite, first, overflow = (list(zip(*each, strict=True)) for each in zip(*parts, strict=True))
+    return Found(
+        tuple(map(sum, nonfinite)),
+        tuple(min((at for at in places if at >= 0), default=-1) for places in first),
+        tuple(map(sum, overflow)),
+    )
+
+
 def share_out(
     batch: Batch, reader: Reader, backend: str, worked: backends.Worked
 ) -> Iterator[tuple[backends.Ops, Batch]]:
-    """The batch by the providers of the CPU that do it: most of it goes to the first, float64 to one that takes it."""
-    by_dtypes: dict[tuple[str, ...], Batch] = {}
-    shares: dict[tuple[str, ...], tuple[backends.Ops, Batch]] = {}
+    """The batch by the providers of the CPU that do it: most of it goes to the first, float64 to one that takes it,
+    and what is direct to torch."""
+    by_dtypes: dict[tuple[bool, tuple[str, ...]], Batch] = {}
+    shares: dict[tuple[bool, tuple[str, ...]], tuple[backends.Ops, Batch]] = {}
     for job, inputs in zip(batch.jobs, batch.inputs, strict=True):
-        dtypes = reader.dtypes(job)
-        if dtypes not in by_dtypes:
-            ops = backends.Ops(backend, dtypes, "cpu", worked)
-            _, by_dtypes[dtypes] = shares.setdefault(ops.names, (ops, Batch([], [], batch.owners)))
-        mine = by_dtypes[dtypes]
+        key = job.direct, reader.dtypes(job)
+        if key not in by_dtypes:
+            ops = backends.Ops("torch" if job.direct else backend, key[1], "cpu", worked)
+            _, by_dtypes[key] = shares.setdefault((job.direct, ops.names), (ops, Batch([], [], batch.owners)))
+        mine = by_dtypes[key]
         mine.jobs.append(job)
         mine.inputs.append(inputs)
     yield from shares.values()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,12 @@ import click
 
 from . import __version__
 from .errors import FastmergeError, FastmergeWarning
+from .flags import FLAGS, Fate, Takes
 
 if TYPE_CHECKING:
     from .engine import Progress, Report
     from .planner import Job, Plan
+    from .recipe import Recipe
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -77,6 +80,39 @@ _varied = click.option(
 _threads = click.option("--threads", type=click.IntRange(1), help="Workers; by default one per processor.")
 
 
+def _mergekit_bytes(text: str) -> int:
+    """A number of bytes as mergekit writes it: 500M, 5B (billion), or 0 for no limit."""
+    match = re.fullmatch(r"(\d+)([kmb]?)", text.strip().lower())
+    if not match:
+        raise click.BadParameter(f"{text!r} is not a size of mergekit's; write for example 500M or 5B (billion)")
+    size = int(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]]
+    return size or sys.maxsize
+
+
+def _mergekits(shown: bool) -> Callable[[Any], Any]:
+    """The options of mergekit-yaml; where they are not `shown`, help tells of those only that have no other name."""
+    takes: dict[Takes, dict[str, Any]] = {
+        Takes.SWITCH: {},
+        Takes.NOTHING: {"is_flag": True},
+        Takes.NOTHING_OFTEN: {"count": True},
+        Takes.TEXT: {"type": str},
+        Takes.NUMBER: {"type": click.IntRange(0)},
+        Takes.SIZE: {"type": _mergekit_bytes, "metavar": "SIZE"},
+    }
+
+    def add(command: Any) -> Any:
+        for flag in reversed(FLAGS):
+            names = [f"{name}/{flag.spelled(False)}" if flag.takes is Takes.SWITCH else name for name in flag.names]
+            says = f"{flag.says[0].upper()}{flag.says[1:]}."
+            if flag.fate is Fate.REFUSED:
+                says = f"{flag.spelled(not flag.usually_on)} is refused: {flag.says}."
+            how = {"default": None, "hidden": not (shown or flag.ours), "help": says, **takes[flag.takes]}
+            command = click.option(*names, flag.key, **how)(command)
+        return command
+
+    return add
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fastmerge")
 def main() -> None:
@@ -100,16 +136,50 @@ def main() -> None:
     show_default=True,
     help="What NaN or Inf among the inputs does.",
 )
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def merge(recipe: Path, out: Path, quiet: bool, **options: Any) -> None:
-    """Merge the models of RECIPE (mergekit's YAML) into the new folder OUT."""
-    with _mistakes(quiet):
-        from .engine import merge as run
+@_mergekits(shown=False)
+def merge(recipe: Path, out: Path, **options: Any) -> None:
+    """Merge the models of RECIPE (mergekit's YAML) into the new folder OUT.
 
-        with _bar(quiet) as progress:
-            report = run(recipe, out, progress=progress, **options)
-        if not quiet:
-            click.echo(_closing(report))
+    The options of mergekit-yaml are taken, too: fastmerge yaml --help lists them.
+    """
+    _merge(recipe, out, options)
+
+
+@main.command("yaml")
+@click.argument("config_file", type=click.Path(path_type=Path))
+@click.argument("out_path", type=click.Path(path_type=Path))
+@_mergekits(shown=True)
+def as_mergekit_yaml(config_file: Path, out_path: Path, **options: Any) -> None:
+    """Merge by the arguments of mergekit-yaml, so that a script changes one word.
+
+    As there, OUT_PATH may hold an earlier model; it is replaced once the new one is complete.
+    """
+    _merge(config_file, out_path, {**options, "overwrite": True})
+
+
+@main.command()
+@click.argument("config_file", type=click.Path(path_type=Path))
+@click.option("--out-path", type=click.Path(path_type=Path), required=True, help="The folder of the result.")
+@click.option(
+    "-I",
+    "--intermediate-dir",
+    type=click.Path(path_type=Path),
+    help="Keep the models of documents with a name in this folder; by default only the result is kept.",
+)
+@click.option(
+    "--lazy/--no-lazy",
+    default=True,
+    help="With --intermediate-dir, leave models as they are that are there already, whatever they were merged from; "
+    "the default.",
+)
+@_mergekits(shown=True)
+def multi(config_file: Path, out_path: Path, intermediate_dir: Path | None, lazy: bool, **options: Any) -> None:
+    """Merge several documents by the arguments of mergekit-multi.
+
+    The one without a name is the result, and those with a name are merged if it needs them. An earlier model in the
+    place of one is replaced once the new one is complete.
+    """
+    _merge(config_file, out_path, {**options, "overwrite": True}, intermediate_dir, lazy)
 
 
 @main.command()
@@ -119,7 +189,10 @@ def merge(recipe: Path, out: Path, quiet: bool, **options: Any) -> None:
 @_varied
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 def plan(recipe: Path, as_json: bool, **options: Any) -> None:
-    """Tell what merging RECIPE would read, compute and write, from headers alone."""
+    """Tell what merging RECIPE would read, compute and write, from headers alone.
+
+    Models on the hub are fetched first, as merge does.
+    """
     with _mistakes():
         from .planner import plan as make_plan
         from .recipe import Recipe
@@ -131,6 +204,34 @@ def plan(recipe: Path, as_json: bool, **options: Any) -> None:
             click.echo(json.dumps(made.to_json(), indent=2))
         else:
             _show_plan(made)
+
+
+@main.command()
+@_recipe
+@click.option("--out", type=click.Path(path_type=Path), help="Where the merge is to go: whether its disk has room.")
+@click.option("--json", "as_json", is_flag=True, help="Print errors and warnings as JSON.")
+def check(recipe: Path, out: Path | None, as_json: bool) -> None:
+    """Tell all that is wrong or odd about RECIPE and its models at once, before merging them.
+
+    Headers, configs, tokenizers and model cards are read, no weights; models on the hub are fetched first, as merge
+    does. Exits with 1 where there is an error, that is, where merge would refuse.
+    """
+    with _mistakes():
+        from . import preflight
+
+        found = preflight.check(recipe, out)
+        if as_json:
+            import json
+
+            click.echo(json.dumps(found._asdict(), indent=2))
+        else:
+            for color, kind, messages in (("red", "error", found.errors), ("yellow", "warning", found.warnings)):
+                for message in messages:
+                    click.secho(f"{kind}: {_printable(message)}", fg=color)
+            counts = f"errors {len(found.errors)}, warnings {len(found.warnings)}"
+            click.echo(f"{_printable(str(recipe))}: {counts if any(found) else 'nothing is wrong or odd'}")
+        if found.errors:
+            sys.exit(1)
 
 
 @main.command()
@@ -172,6 +273,87 @@ def demo(folder: Path | None, backend: str, threads: int | None) -> None:
         from .demo import run
 
         run(folder, backend=backend, threads=threads)
+
+
+def _merge(recipe: Path, out: Path, options: dict[str, Any], between: Path | None = None, lazy: bool = False) -> None:
+    """Merges by options in mergekit's words or ours, and tells of it; the models between are kept where they have a
+    folder, and there no model is merged again where that is `lazy`."""
+    quiet = bool(options["quiet"])
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    with _mistakes(quiet):
+        needless = _in_our_words(options)
+        if not quiet:
+            click.echo("".join(f"{line}\n" for line in needless), nl=False, err=True)
+            from .preflight import oddities
+            from .recipe import Recipe
+
+            for fault in oddities(Recipe.load(recipe)):
+                warnings.warn(fault, FastmergeWarning, stacklevel=2)
+        options.pop("quiet", None)
+        from .engine import merge as run
+
+        for one, place in _steps(recipe, out, between, lazy, quiet) if between else [(recipe, out)]:
+            with _bar(quiet) as progress:
+                report = run(one, place, progress=progress, **options)
+            if not quiet:
+                click.echo(_closing(report))
+
+
+def _steps(recipe: Path, out: Path, between: Path, lazy: bool, quiet: bool) -> Iterator[tuple[Recipe, Path]]:
+    """The merges of a recipe, which is sound as a whole, that are still to be made."""
+    from .multi import steps
+    from .planner import plan as make_plan
+    from .recipe import Recipe
+
+    whole = Recipe.load(recipe)
+    make_plan(whole)
+    for step in steps(whole, between, out):
+        if not (lazy and step.done()):
+            yield step
+        elif not quiet:
+            click.echo(f"{_printable(str(step.out))}: there already; --no-lazy merges it again")
+
+
+def _in_our_words(options: dict[str, Any]) -> list[str]:
+    """Puts what mergekit's options say into fastmerge's; a line for each that does nothing here."""
+    source = click.get_current_context().get_parameter_source
+    given = {
+        key: (f"--{key.replace('_', '-')}", value)
+        for key, value in options.items()
+        if source(key) is click.core.ParameterSource.COMMANDLINE
+    }
+    lines = []
+    for flag in FLAGS:
+        value = options.pop(flag.key)
+        if value is None:
+            continue
+        name = flag.spelled(value)
+        if flag.values and value not in flag.values:
+            raise click.UsageError(f"{name} {value}: {flag.says}")
+        if flag.fate is Fate.REFUSED and flag.speaks(value):
+            raise click.UsageError(f"{name}: {flag.says}")
+        if flag.fate is Fate.ACCEPTED and flag.speaks(value):
+            lines.append(f"{name}: {flag.says}")
+        if flag.sets.isupper():
+            os.environ[flag.sets] = value
+        elif flag.sets:
+            value = flag.values.get(value, value)
+            if flag.sets == "backend" and value != "auto":
+                value = _backend_on(value)
+            other, before = given.setdefault(flag.sets, (name, value))
+            if before != value:
+                raise click.UsageError(f"{other} and {name} contradict one another; leave one out")
+            options[flag.sets] = value
+    return lines
+
+
+def _backend_on(device: str) -> str:
+    """The backend that `auto` takes on a kind of device; where none can run, the first, which says why."""
+    from . import backends
+
+    order = backends.ORDER[device]["merge"]
+    return next((name for name in order if not backends.why_not(name)), order[0])
 
 
 @contextmanager
@@ -266,7 +448,7 @@ def _show_plan(made: Plan) -> None:
 
 def _kind(job: Job) -> tuple[str, ...]:
     """A job as the plan shows it: those that differ in a number of their name only are one row."""
-    reads = "copied" if job.copy else f"{job.passes} times" if job.passes > 1 else "once"
+    reads = "copied" if job.copy else "not fused" if job.direct else f"{job.passes} times" if job.passes > 1 else "once"
     shape = " x ".join(map(str, job.shape))
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", job.name), shape, job.dtype, str(len(job.sources)), reads
 

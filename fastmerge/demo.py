@@ -1,4 +1,4 @@
-"""The demo: a small base with three fine-tunes, merged by every method, each result held against its parents."""
+"""The demo: a small base with three fine-tunes, merged by every fused method, each result held against its parents."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(folder: Path | None, *, backend: str = "auto", threads: int | None = Non
         for number, name in enumerate(_PARENTS):
             _write(place / name, number)
         table = Table("method", "time", "GB/s", *(f"to {name}" for name in _PARENTS), title_justify="left")
-        for method in METHODS:
+        for method in (name for name, row in METHODS.items() if not row.direct):
             recipe = Recipe.parse(_recipe(method, place), method)
             report = merge(recipe, place / method, backend=backend, threads=threads, overwrite=True)
             merged = open_checkpoint(place / method)
@@ -74,7 +74,7 @@ def _recipe(method: str, place: Path) -> str:
     """A recipe over as many of the parents as the method takes; JSON is YAML."""
     row = METHODS[method]
     most = row.models[1] or len(_PARENTS)
-    names = {Base.INPUT: _PARENTS[1:], Base.ORIGIN: _PARENTS[1:], Base.ENDPOINT: _PARENTS}[row.base][:most]
+    names = (_PARENTS if row.base is Base.ENDPOINT else _PARENTS[1:])[:most]
     weighted = row.parameter("weight") is not None
     recipe: dict[str, Any] = {
         "merge_method": method,

@@ -18,7 +18,7 @@ from . import backends
 from .batches import BATCH_BYTES, Reader, in_batches, share_out
 from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
 from .choice import Choice
-from .errors import CheckpointError, FastmergeWarning, NonFiniteError, OutputError
+from .errors import BackendError, CheckpointError, FastmergeWarning, NonFiniteError, OutputError
 from .measures import Cuts, model_cuts, swept
 from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
 from .planner import plan as make_plan
@@ -69,6 +69,8 @@ def merge(
     gpu_memory: int | None = None,
     overwrite: bool = False,
     nonfinite: str = "error",
+    copy_tokenizer: bool = True,
+    write_model_card: bool = True,
     vary: Vary = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> Report:
@@ -86,6 +88,8 @@ def merge(
             default 8 GB, or what the GPU has free where that is less.
         overwrite: replace an earlier output in `out`, or in a folder of it that `vary` names.
         nonfinite: "error", or "propagate": NaN and Inf in the inputs go where the arithmetic takes them.
+        copy_tokenizer: whether the files of the base's or the first model's tokenizer are copied beside the weights.
+        write_model_card: whether README.md and mergekit_config.yml are written beside them.
         vary: values of parameters of the recipe's result, as in ``{"lambda": [0.2, 0.4]}``. Each, or each combination
             where there are several parameters, gives an output of its own in `out`, in a folder such as
             ``lambda=0.2``, as a merge of the recipe with that value would.
@@ -111,6 +115,8 @@ def merge(
     options = ("" if seed is None else f" --seed {seed}") + (
         "" if shard_size == SHARD_SIZE else f" --shard-size {shard_size}"
     )
+    options += "" if copy_tokenizer else " --no-copy-tokenizer"
+    beside = {"copy_tokenizer": copy_tokenizer, "write_model_card": write_model_card}
     folders = {variant.name: Path(out, variant.name) for variant in plan.variants}
     with _disk(Path(out)), _folder(Path(out)), ExitStack() as opened:
         writers = {
@@ -127,7 +133,7 @@ def merge(
         _run(result, written, writers, work)
         watch.finish()
         for variant in plan.variants:
-            files = _sidecars(result, variant.text, folders[variant.name], options)
+            files = _sidecars(result, variant.text, folders[variant.name], options, **beside)
             writers[variant.name].commit(files)
     return Report(
         Path(out),
@@ -208,6 +214,7 @@ class _Work:
 
 def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Writer], work: _Work) -> None:
     """Does all jobs of a stage, whose outputs have a name each, then makes sure that no input changed meanwhile."""
+    _check_direct(stage, work.choice.backend)
     models = [written[model.name] if isinstance(model, Planned) else model for model in stage.models]
     _warn_of_no_deltas(stage, models)
     overflown: dict[str, dict[str, int]] = {name: {} for name in outputs}
@@ -227,6 +234,16 @@ def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Wri
     _check_unchanged(models)
     for name, elements in overflown.items():
         _warn_of_overflow(stage, name, elements)
+
+
+def _check_direct(stage: Stage, backend: str) -> None:
+    """Jobs that are no sweeps are done by torch alone."""
+    if any(job.direct for job in stage.jobs):
+        what = f"{stage.document.method.name} is not fused and runs by torch alone"
+        if backend not in ("auto", "torch"):
+            raise BackendError(f"{what}, not by {backend}: ask for auto or torch")
+        if reason := backends.why_not("torch"):
+            raise BackendError(f"{what}: {reason}")
 
 
 def _done(
@@ -255,7 +272,8 @@ def _done(
         yield from on_cpu(jobs)
         nbytes = sum(map(size, jobs))
         done, left_bytes = done + len(jobs), left_bytes - nbytes
-        choice.after(nbytes, time.perf_counter() - started, left_bytes)
+        if not any(job.direct for job in jobs):
+            choice.after(nbytes, time.perf_counter() - started, left_bytes)
     left = stage.jobs[done:]
     if choice.gpu and left:
         streamer = Streamer(
@@ -318,7 +336,7 @@ def _warn_of_overflow(stage: Stage, output: str, overflown: Mapping[str, int]) -
         )
 
 
-def _sidecars(stage: Stage, text: str, out: Path, options: str) -> dict[str, bytes]:
+def _sidecars(stage: Stage, text: str, out: Path, options: str, **beside: bool) -> dict[str, bytes]:
     from . import __version__
 
     method, base = stage.document.method, stage.document.base_model
@@ -330,9 +348,11 @@ def _sidecars(stage: Stage, text: str, out: Path, options: str) -> dict[str, byt
         paper=method.paper,
         models=[model.name for model in stage.models],
         base=base.name if base else None,
+        commits=stage.commits,
         command=f"fastmerge merge mergekit_config.yml {shlex.quote(out.name)}{options}",
         version=__version__,
         title=out.resolve().name,
+        **beside,
     )
 
 

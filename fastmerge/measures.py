@@ -8,10 +8,10 @@ from functools import lru_cache
 from itertools import accumulate
 
 from . import backends
-from .batches import Batch, Reader
+from .batches import Batch, Reader, in_rows, joined, row_of
 from .methods import Measured, Method, Settings, ranks, rescale_of
 from .planner import Job, Stage
-from .sweep import Cut, Found, Keep, Part, Rescale, Run, Sweep, Target
+from .sweep import Cut, Found, Inputs, Keep, Part, Rescale, Run, Sweep, Target
 
 #: By the name of a job: of each variant the cuts of its whole model, or none where each tensor has its own.
 Cuts = Mapping[str, Sequence[tuple[Cut, ...]]]
@@ -22,14 +22,21 @@ _PROBE = Cut(0.5, -2)
 
 
 def swept(batch: Batch, ops: backends.Ops, cuts: Cuts, targets: Sequence[Sequence[Target]], run: Run) -> list[Found]:
-    """Measures and sweeps each job; at one go where its cuts are all that it wants to know, and the provider can."""
+    """Measures and sweeps each job; at one go where its cuts are all that it wants to know, and the provider can. A
+    batch of jobs that are no sweeps is computed."""
+    if batch.jobs[0].direct:
+        from .direct import function  # imports torch
+
+        functions = [[function(job.method.name, each, job.shape) for each in job.variants] for job in batch.jobs]
+        return ops.compute(batch.inputs, functions, targets, run)
     ranked = {
         i: left_open
         for i, (job, inputs) in enumerate(zip(batch.jobs, batch.inputs, strict=True))
         if ops.ranks and _selects(job) and job.name not in cuts
         if (left_open := _left_open(job.method, job.variants, inputs.elements))
     }
-    rest = [i for i in range(len(batch.jobs)) if i not in ranked]
+    split = {i: width for i, job in enumerate(batch.jobs) if (width := row_of(job))}
+    rest = [i for i in range(len(batch.jobs)) if i not in ranked and i not in split]
     found = ops.merge_ranked(
         [batch.inputs[i] for i in ranked],
         [sweeps for sweeps, _ in ranked.values()],
@@ -39,7 +46,8 @@ def swept(batch: Batch, ops: backends.Ops, cuts: Cuts, targets: Sequence[Sequenc
     )
     others = Batch([batch.jobs[i] for i in rest], [batch.inputs[i] for i in rest], batch.owners)
     found += ops.merge(others.inputs, measured(others, ops, cuts, run), [targets[i] for i in rest], run)
-    by_place = dict(zip([*ranked, *rest], found, strict=True))
+    found += [_row_by_row(batch.jobs[i], width, batch.inputs[i], ops, targets[i], run) for i, width in split.items()]
+    by_place = dict(zip([*ranked, *rest, *split], found, strict=True))
     return [by_place[i] for i in range(len(batch.jobs))]
 
 
@@ -57,6 +65,18 @@ def measured(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> list
         for i, job in enumerate(batch.jobs)
     ]
     return _rescaled(batch, sweeps, provider, run)
+
+
+def _row_by_row(job: Job, width: int, inputs: Inputs, ops: backends.Ops, targets: Sequence[Target], run: Run) -> Found:
+    """Each row measured and swept as a tensor of its own."""
+    begin, found = inputs.begin, [Found((0,) * len(inputs.views), (-1,) * len(inputs.views), (0,) * len(targets))]
+    for rows, places in in_rows(width, inputs, targets):
+        sweeps = measured(Batch([job] * len(rows), rows, []), ops, {}, run)
+        for each in ops.merge(rows, sweeps, places, run):
+            found.append(each._replace(first=tuple(at if at < 0 else begin + at for at in each.first)))
+            begin += width
+        found = [joined(found)]
+    return found[0]
 
 
 @lru_cache

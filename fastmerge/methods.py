@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 
+from . import spherical
 from .sweep import CERTAIN, EVERY, Cut, Elect, Keep, Mean, Part, Rescale, Sweep, TieVote
 
 Value = float | bool | str | None
@@ -22,7 +23,13 @@ class Base(Enum):
 
     INPUT = "input"  # one more model
     ORIGIN = "origin"  # deltas are taken from it; required
+    OPTIONAL = "optional"  # deltas are taken from it, where there is one
     ENDPOINT = "endpoint"  # the first of two models; required
+
+    @property
+    def apart(self) -> bool:
+        """Whether the base, where there is one, is none of the models that are merged."""
+        return self in (Base.ORIGIN, Base.OPTIONAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +67,17 @@ class Measured:
     gram: Sequence[Sequence[float]] = ()
 
 
+def _unswept(_: Settings, __: Measured) -> Sweep:
+    raise TypeError("a direct method has no sweep")
+
+
+def _sound(_: Settings) -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Method:
-    """A row of the table. `models` bounds how many take part, without an ORIGIN base but with an ENDPOINT one."""
+    """A row of the table. `models` bounds how many take part, without a base that deltas are taken from."""
 
     name: str
     formula: str
@@ -70,10 +85,16 @@ class Method:
     base: Base
     models: tuple[int, int | None]
     parameters: tuple[Parameter, ...]
-    sweep: Callable[[Settings, Measured], Sweep]
+    sweep: Callable[[Settings, Measured], Sweep] = _unswept  # without one the method is a function of `direct`
+    fault: Callable[[Settings], str] = _sound  # what is wrong with values that are fine each; empty where nothing is
     selects: bool = False  # wants `Measured.cuts`, at the ranks of `ranks`
     gram: bool = False  # wants `Measured.gram`
     random: bool = False
+
+    @property
+    def direct(self) -> bool:
+        """Whether it is no sweep: a function of whole tensors, done by torch on the CPU."""
+        return self.sweep is _unswept
 
     def parameter(self, name: str) -> Parameter | None:
         return next((p for p in self.parameters if p.name == name), None)
@@ -82,14 +103,30 @@ class Method:
 @lru_cache
 def ranks(settings: Settings, count: int) -> tuple[int, ...]:
     """How many of `count` elements each model keeps: max(1, int(density * count)), none at density 0."""
-    return tuple(_rank(_number(model, "density"), count) for model in settings.models)
+    return tuple(_rank(number(model, "density"), count) for model in settings.models)
 
 
 @lru_cache
 def rescale_of(method: Method, settings: Settings) -> Rescale:
     """The norm that the kept deltas are brought back to after `Keep`, NONE where the method's own factor does it."""
-    choice = _rescale(method.random, settings)
+    choice = rescaling(method.random, settings)
     return {"l1": Rescale.L1, "l2": Rescale.L2, "linf": Rescale.LINF}.get(choice, Rescale.NONE)
+
+
+def matching(before: float, after: float) -> float:
+    """The factor that brings a norm back, 1 where either is about zero."""
+    return before / after if before >= 1e-7 and after >= 1e-7 else 1.0
+
+
+def by_rows(settings: Settings) -> bool:
+    """Whether each row of a tensor, along its last axis, is merged as a tensor of its own."""
+    shared = settings.shared
+    return shared.get("filter_wise") is True or (shared.get("nuslerp_flatten") is False and not by_columns(settings))
+
+
+def by_columns(settings: Settings) -> bool:
+    """Whether what lies along the first axis is."""
+    return settings.shared.get("nuslerp_flatten") is False and settings.shared["nuslerp_row_wise"] is True
 
 
 # --- the sweeps of the table ---
@@ -106,7 +143,7 @@ def _uniform_soup(settings: Settings, _: Measured) -> Sweep:
 
 
 def _task_arithmetic(settings: Settings, _: Measured) -> Sweep:
-    return _averaged(settings, tuple(Part(weight) for weight in _weights(settings)), Keep.ALL)
+    return averaged(settings, tuple(Part(weight) for weight in _weights(settings)), Keep.ALL)
 
 
 def _ties(settings: Settings, measured: Measured) -> Sweep:
@@ -116,30 +153,45 @@ def _ties(settings: Settings, measured: Measured) -> Sweep:
             weight,
             _inverse(False, settings, model),
             magnitude=cut.magnitude,
-            ties_end=EVERY if every and _number(model, "density") > 0.0 else cut.ties_end,
+            ties_end=EVERY if every and number(model, "density") > 0.0 else cut.ties_end,
         )
         for weight, model, cut in zip(_weights(settings), settings.models, measured.cuts, strict=True)
     )
-    return _elected(settings, parts, Keep.ABOVE)
+    return elected(settings, parts, Keep.ABOVE)
 
 
 def _dare_linear(settings: Settings, _: Measured) -> Sweep:
-    return _averaged(settings, _dropped(settings), Keep.BERNOULLI)
+    return averaged(settings, _dropped(settings), Keep.BERNOULLI)
 
 
 def _dare_ties(settings: Settings, _: Measured) -> Sweep:
-    return _elected(settings, _dropped(settings), Keep.BERNOULLI)
+    return elected(settings, _dropped(settings), Keep.BERNOULLI)
 
 
 def _slerp(settings: Settings, measured: Measured) -> Sweep:
-    t = _number(settings.shared, "t")
-    (aa, ab), (_, bb) = measured.gram
-    norm_a, norm_b = (norm if norm >= 1e-8 else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb)))
-    cosine = max(-1.0, min(1.0, ab / (norm_a * norm_b)))
-    if abs(cosine) > 0.9995:
-        return Sweep((Part(1.0 - t), Part(t)))
-    angle = math.acos(cosine)
-    return Sweep((Part(math.sin((1.0 - t) * angle) / math.sin(angle)), Part(math.sin(t * angle) / math.sin(angle))))
+    return _summed(spherical.slerp(measured.gram, number(settings.shared, "t")))
+
+
+def _nuslerp(settings: Settings, measured: Measured) -> Sweep:
+    weights = _weights(settings)
+    total = math.fsum(weights)
+    return _summed(spherical.nuslerp(measured.gram, weights[-1] / total if abs(total) >= 1e-6 else 0.5))
+
+
+def _multislerp(settings: Settings, measured: Measured) -> Sweep:
+    weights = _weights(settings)
+    total = math.fsum(weights) if settings.shared["normalize_weights"] else 1.0
+    shares = [weight / (total if abs(total) >= 1e-8 else 1.0) for weight in weights]
+    return _summed(spherical.multislerp(measured.gram, shares, number(settings.shared, "eps")))
+
+
+def _karcher(settings: Settings, measured: Measured) -> Sweep:
+    rounds, tolerance = int(number(settings.shared, "max_iter")), number(settings.shared, "tol")
+    return _summed(spherical.karcher(measured.gram, rounds, tolerance))
+
+
+def _model_stock(_: Settings, measured: Measured) -> Sweep:
+    return _summed(spherical.model_stock(measured.gram))
 
 
 def _passthrough(settings: Settings, _: Measured) -> Sweep:
@@ -150,15 +202,19 @@ def _passthrough(settings: Settings, _: Measured) -> Sweep:
 # --- what several of them share ---
 
 
-def _averaged(settings: Settings, parts: tuple[Part, ...], keep: Keep) -> Sweep:
+def _summed(weights: Sequence[float]) -> Sweep:
+    return Sweep(tuple(Part(weight) for weight in weights))
+
+
+def averaged(settings: Settings, parts: tuple[Part, ...], keep: Keep) -> Sweep:
     """Every model takes part: a sum, over the sum of the weights where the recipe normalises."""
     divisor = math.fsum(part.weight for part in parts) if settings.shared["normalize"] else 1.0
     return Sweep(
-        parts, keep, divisor=divisor if abs(divisor) >= 1e-8 else 1.0, lambda_=_number(settings.shared, "lambda")
+        parts, keep, divisor=divisor if abs(divisor) >= 1e-8 else 1.0, lambda_=number(settings.shared, "lambda")
     )
 
 
-def _elected(settings: Settings, parts: tuple[Part, ...], keep: Keep) -> Sweep:
+def elected(settings: Settings, parts: tuple[Part, ...], keep: Keep) -> Sweep:
     """Those take part that agree with the vote."""
     shared = settings.shared
     divide = shared["divide"] or ("weights" if shared["normalize"] else "none")
@@ -170,7 +226,7 @@ def _elected(settings: Settings, parts: tuple[Part, ...], keep: Keep) -> Sweep:
         mean={"weights": Mean.WEIGHTS, "count": Mean.COUNT, "contributors": Mean.CONTRIBUTORS, "none": Mean.SUM}[
             str(divide)
         ],
-        lambda_=_number(shared, "lambda"),
+        lambda_=number(shared, "lambda"),
     )
 
 
@@ -180,7 +236,7 @@ def _dropped(settings: Settings) -> tuple[Part, ...]:
         Part(
             weight,
             _inverse(True, settings, model),
-            cut=min(CERTAIN, round(_number(model, "density") * CERTAIN)),
+            cut=min(CERTAIN, round(number(model, "density") * CERTAIN)),
             key=key,
         )
         for weight, model, key in zip(_weights(settings), settings.models, settings.keys, strict=True)
@@ -193,7 +249,7 @@ def _rank(density: float, count: int) -> int:
     return count if density >= 1.0 else max(1, int(density * count))
 
 
-def _rescale(random: bool, settings: Settings) -> str:
+def rescaling(random: bool, settings: Settings) -> str:
     """`rescale` as a word: true means 1/density for random drops, the L1 norm for trims."""
     choice = settings.shared.get("rescale", False)
     if isinstance(choice, str):
@@ -202,19 +258,28 @@ def _rescale(random: bool, settings: Settings) -> str:
 
 
 def _inverse(random: bool, settings: Settings, model: Mapping[str, Value]) -> float:
-    density = _number(model, "density")
-    return 1.0 / density if _rescale(random, settings) == "inverse" and density > 0.0 else 1.0
+    density = number(model, "density")
+    return 1.0 / density if rescaling(random, settings) == "inverse" and density > 0.0 else 1.0
 
 
 def _weights(settings: Settings) -> list[float]:
-    return [_number(model, "weight") for model in settings.models]
+    return [number(model, "weight") for model in settings.models]
 
 
-def _number(values: Mapping[str, Value], name: str) -> float:
+def number(values: Mapping[str, Value], name: str) -> float:
     value = values[name]
     if not isinstance(value, int | float):
         raise TypeError(f"{name} was not resolved to a number: {value!r}")
     return float(value)
+
+
+def _probabilities(settings: Settings) -> str:
+    """DELLA keeps at random what its density neither keeps nor drops for certain."""
+    for model in settings.models:
+        density, epsilon = number(model, "density"), number(model, "epsilon")
+        if 0.0 < density < 1.0 and not 0.0 < density - epsilon <= density + epsilon < 1.0:
+            return f"density {density:g} with epsilon {epsilon:g} takes a probability out of (0, 1); change one of them"
+    return ""
 
 
 # --- the table ---
@@ -233,6 +298,19 @@ _RESCALE = Parameter(
     words=("inverse", "l1", "l2", "linf", "none"),
 )
 _RESCALE_ON = replace(_RESCALE, default=True, help="scale the kept part; true: by 1/density")
+_GAMMA = Parameter(
+    "gamma", float, 0.01, "share of the delta that is too large to stay", per_model=True, low=0.0, high=1.0
+)
+_EPSILON = Parameter(
+    "epsilon",
+    float,
+    0.15,
+    "what the probability of the largest to stay is above density, and that of the smallest below",
+    per_model=True,
+    low=0.0,
+    high=0.5,
+)
+_TOUCHED = Parameter("epsilon", float, 1e-5, "magnitude of a delta that counts as none")
 _ELECTION = (
     Parameter("elect", str, "weighted", "what votes for the sign", words=("weighted", "plain", "count")),
     Parameter("tie_vote", str, "positive", "what a vote of zero elects", words=("positive", "zero")),
@@ -252,6 +330,9 @@ _ARITHMETIC = (_WEIGHT, _LAMBDA, _INT8_MASK)
 
 _SOUPS = "Model soups, arXiv:2203.05482"
 _DARE = "DARE, arXiv:2311.03099"
+_BREADCRUMBS = "Model breadcrumbs, arXiv:2312.06795"
+_DELLA = "DELLA-Merging, arXiv:2406.11617"
+_RAM = "RAM, arXiv:2601.13572"
 _ROWS = (
     Method(
         name="linear",
@@ -311,6 +392,89 @@ _ROWS = (
         random=True,
     ),
     Method(
+        name="breadcrumbs",
+        formula="base + lambda * sum w_i band(d_i), the largest and the smallest of d_i left out",
+        paper=_BREADCRUMBS,
+        base=Base.ORIGIN,
+        models=(1, None),
+        parameters=(*_ARITHMETIC, _DENSITY, _GAMMA, _NORMALIZE, _RESCALE),
+    ),
+    Method(
+        name="breadcrumbs_ties",
+        formula="base + lambda * sum of the agreeing w_i band(d_i)",
+        paper=_BREADCRUMBS,
+        base=Base.ORIGIN,
+        models=(1, None),
+        parameters=(*_ARITHMETIC, _DENSITY, _GAMMA, _NORMALIZE, _RESCALE, *_ELECTION),
+    ),
+    Method(
+        name="della",
+        formula="base + lambda * mean of the agreeing w_i drop(d_i), smaller elements of a row dropped more often",
+        paper=_DELLA,
+        base=Base.ORIGIN,
+        models=(1, None),
+        parameters=(*_ARITHMETIC, _DENSITY, _EPSILON, _NORMALIZE_ON, replace(_RESCALE, default=True), *_ELECTION),
+        fault=_probabilities,
+        random=True,
+    ),
+    Method(
+        name="della_linear",
+        formula="base + lambda * sum w_i drop(d_i), smaller elements of a row dropped more often",
+        paper=_DELLA,
+        base=Base.ORIGIN,
+        models=(1, None),
+        parameters=(*_ARITHMETIC, _DENSITY, _EPSILON, _NORMALIZE, replace(_RESCALE, default=True)),
+        fault=_probabilities,
+        random=True,
+    ),
+    Method(
+        name="sce",
+        formula="base + mean of the agreeing d_i where they vary most, weighted by the mean of d_i^2",
+        paper="SCE, arXiv:2408.07990",
+        base=Base.ORIGIN,
+        models=(1, None),
+        parameters=(
+            Parameter("select_topk", float, 1.0, "share of the positions of most variance", low=0.0, high=1.0),
+            _INT8_MASK,
+        ),
+    ),
+    Method(
+        name="ram",
+        formula="base + mean of the d_i with abs(d_i) > epsilon",
+        paper=_RAM,
+        base=Base.ORIGIN,
+        models=(1, None),
+        parameters=(_TOUCHED,),
+    ),
+    Method(
+        name="ramplus_tl",
+        formula="the same, a d_i alone times 1 + r clamp(shared_i / unique_i, 0, alpha)",
+        paper=_RAM,
+        base=Base.ORIGIN,
+        models=(1, None),
+        parameters=(
+            _TOUCHED,
+            Parameter("r", float, 0.1, "how fast a delta alone grows with what its model shares"),
+            Parameter("alpha", float, 0.2, "the ratio of shared to unique elements that counts at most"),
+        ),
+    ),
+    Method(
+        name="nearswap",
+        formula="base + clamp(t / abs(d), 0, 1) d",
+        paper="-",
+        base=Base.ORIGIN,
+        models=(1, 1),
+        parameters=(Parameter("t", float, help="how far an element may move", required=True),),
+    ),
+    Method(
+        name="arcee_fusion",
+        formula="base + d where abs(d) * KL of the row's softmax >= median + 1.5 IQR",
+        paper="-",
+        base=Base.ORIGIN,
+        models=(1, 1),
+        parameters=(),
+    ),
+    Method(
         name="slerp",
         formula="sin((1-t)w)/sin(w) base + sin(t w)/sin(w) other",
         paper="Shoemake, SIGGRAPH 1985",
@@ -318,6 +482,57 @@ _ROWS = (
         models=(2, 2),
         parameters=(Parameter("t", float, help="0 is the base, 1 the other", required=True, low=0.0, high=1.0),),
         sweep=_slerp,
+        gram=True,
+    ),
+    Method(
+        name="nuslerp",
+        formula="slerp at w_2 / (w_1 + w_2), of deltas where there is a base",
+        paper="Shoemake, SIGGRAPH 1985",
+        base=Base.OPTIONAL,
+        models=(2, 2),
+        parameters=(
+            _WEIGHT,
+            Parameter("nuslerp_flatten", bool, True, "one angle per tensor; false: one per row"),
+            Parameter("nuslerp_row_wise", bool, False, "where not flattened: one angle per column, as mergekit has it"),
+        ),
+        sweep=_nuslerp,
+        gram=True,
+    ),
+    Method(
+        name="multislerp",
+        formula="mean direction of the models, or of their deltas, at their mean length, weighted",
+        paper="Buss & Fillmore, ACM TOG 2001",
+        base=Base.OPTIONAL,
+        models=(1, None),
+        parameters=(
+            _WEIGHT,
+            Parameter("normalize_weights", bool, True, "divide the weights by their sum"),
+            Parameter("eps", float, 1e-8, "added to lengths that are divided by", low=0.0),
+        ),
+        sweep=_multislerp,
+        gram=True,
+    ),
+    Method(
+        name="karcher",
+        formula="mean of the models' directions on the sphere, at their mean length",
+        paper="Karcher, CPAM 1977",
+        base=Base.INPUT,
+        models=(1, None),
+        parameters=(
+            Parameter("max_iter", float, 10.0, "most steps towards the mean", low=0.0),
+            Parameter("tol", float, 1e-5, "length of the step that is the last", low=0.0),
+        ),
+        sweep=_karcher,
+        gram=True,
+    ),
+    Method(
+        name="model_stock",
+        formula="base + t * mean of d_i, t = N c / (1 + (N - 1) c), c the mean cosine of the d_i",
+        paper="Model Stock, arXiv:2403.19522",
+        base=Base.ORIGIN,
+        models=(2, None),
+        parameters=(Parameter("filter_wise", bool, False, "one t per row, not per tensor"),),
+        sweep=_model_stock,
         gram=True,
     ),
     Method(
@@ -337,10 +552,5 @@ METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
 #: Accepted instead of `density`, and means 1 - density.
 DROP_RATE = "drop_rate"
 
-#: Parameters of mergekit's other methods: accepted and unused, as a known parameter of another method always is.
-_OTHERS = (
-    "gamma epsilon filter_wise select_topk nuslerp_flatten nuslerp_row_wise normalize_weights eps max_iter tol r alpha"
-)
-
 #: Every parameter that a recipe may name.
-KNOWN = frozenset(_OTHERS.split()) | {DROP_RATE} | {parameter.name for row in _ROWS for parameter in row.parameters}
+KNOWN = frozenset({DROP_RATE}) | {parameter.name for row in _ROWS for parameter in row.parameters}

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 
 from . import configs, layers
 from .checkpoint import DTYPE_BITS, Checkpoint, Layout, TensorInfo, lay_out, open_checkpoint, same_bytes
-from .errors import FastmergeWarning, RecipeError
+from .errors import CheckpointError, FastmergeWarning, RecipeError
 from .fit import BUFFERS, FLOATS, Fit, common
+from .hub import snapshot
 from .layers import Row
-from .methods import METHODS, Base, Method, Settings, rescale_of
-from .recipe import Document, Model, Module, Recipe, Slice
+from .methods import METHODS, Base, Method, Settings, by_columns, by_rows, rescale_of
+from .recipe import Document, Model, Module, Recipe, Repository, Slice
 from .settings import Resolver
 from .sweep import Rescale
 from .vary import Variant, Vary, variants
@@ -60,9 +61,14 @@ class Job(NamedTuple):
         return self.inputs if self.base is None else (*self.inputs, self.base)
 
     @property
+    def direct(self) -> bool:
+        """Whether it is no sweep, but a function of whole tensors."""
+        return not self.copy and (self.method.direct or by_columns(self.settings))
+
+    @property
     def passes(self) -> int:
         """How often the inputs are read: once, and once more for each thing that the method measures first."""
-        return 1 if self.copy else _passes(self.method, self.variants)
+        return 1 if self.copy or self.direct else _passes(self.method, self.variants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,17 @@ class Stage:
     layout: Layout
     donor: Checkpoint
     config_changes: dict[str, Any]
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """What each model from the hub was, by name; those of the stages that it needs too."""
+        own = {model.name: model.commit for model in self.models if isinstance(model, Checkpoint) and model.commit}
+        return own | {
+            name: commit
+            for model in self.models
+            if isinstance(model, Planned)
+            for name, commit in model.stage.commits.items()
+        }
 
     @property
     def bytes_read(self) -> int:
@@ -169,6 +186,8 @@ def plan(
         for model in document.models:
             if model.path is not None and model not in opened:
                 opened[model] = open_checkpoint(model.path)
+            if model.repository is not None and model not in opened:
+                opened[model] = _fetched(model.name, model.repository)
         own = seed if seed is not None else document.seed or 0
         result = document is recipe.documents[-1]
         planner = _Planner(
@@ -181,6 +200,15 @@ def plan(
         if document.name is not None:
             opened[Model(document.name, None)] = Planned(document.name, stage)
     return Plan(tuple(stages), varied)
+
+
+def _fetched(name: str, repository: Repository) -> Checkpoint:
+    """A model from the hub."""
+    try:
+        folder, commit = snapshot(repository.id, repository.revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"{repository.place}: {error}") from None
+    return open_checkpoint(folder, name=name, commit=commit)
 
 
 @lru_cache
@@ -219,6 +247,7 @@ def _stage_json(stage: Stage) -> dict[str, Any]:
                 "inputs": [source(at) for at in job.inputs],
                 "base": None if job.base is None else source(job.base),
                 "passes": job.passes,
+                "fused": not job.direct,
                 "method": "copy" if job.copy else job.method.name,
                 "parameters": {} if job.copy else dict(job.settings.shared),  # of the first output
                 "model_parameters": [] if job.copy else [dict(model) for model in job.settings.models],
@@ -261,6 +290,7 @@ class _Planner:
         self.fit.check(self.document.place, {source.model for job in jobs if not job.copy for source in job.sources})
         _warn_of_filters(self.document, jobs)
         _check_scope(self.document, jobs)
+        _check_rows(self.document, jobs)
         donor, kept = self.models[0], {stack: kept for tower in towers for stack, kept in tower.layers.items()}
         changes = configs.changes(self.by_name, kept, {job.dtype for job in jobs if job.dtype in FLOATS})
         if isinstance(donor, Planned):
@@ -275,7 +305,7 @@ class _Planner:
         resolvers = [Resolver(variant, module, slice_, self.seed) for variant in self.documents]
         models = [self.index[source.model] for source in slice_.sources]
         tensors = [self.models[model].tensors for model in models]
-        origin = slice_.base if document.method.base is Base.ORIGIN else None
+        origin = slice_.base if document.method.base.apart else None
         order = [i for i in range(len(models)) if i != origin]
         if document.method.base is Base.ENDPOINT:
             order.sort(key=lambda i: i != lead)
@@ -294,7 +324,9 @@ class _Planner:
                 takers = takers[:1] or (lead,)
                 method, base, resolved = _PASSTHROUGH, None, [(_AS_IT_IS, True)] * len(resolvers)
             else:
-                method, base = document.method, None if origin is None else sources[origin]
+                method = document.method
+                alone = method.base is Base.OPTIONAL and len(takers) == 1  # then it stays as it is
+                base = None if origin is None or alone else sources[origin]
                 resolved = [resolver.resolve(row, takers) for resolver in resolvers]
             dtype = stored if stored in BUFFERS else document.out_dtype or document.dtype or common(found.values())
             settings, identities = zip(*resolved, strict=True)
@@ -352,3 +384,10 @@ def _check_scope(document: Document, jobs: Sequence[Job]) -> None:
             fault = "scope: model takes one threshold over a model, so density must be the same for all of its tensors"
         if fault is not None:
             raise RecipeError(fault, next(s.place for s in document.settings if s.parameter.name == "scope"))
+
+
+def _check_rows(document: Document, jobs: Sequence[Job]) -> None:
+    """Each row may be merged as a tensor of its own, in all outputs or in none."""
+    for each in {job.variants for job in jobs}:
+        if len({(by_rows(settings), by_columns(settings)) for settings in each}) > 1:
+            raise RecipeError("some outputs are merged row by row and some not; merge them one by one", document.place)

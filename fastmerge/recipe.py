@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,10 +114,21 @@ class Entry:
 
 
 class Model(NamedTuple):
-    """A model by the name that the recipe gives it; without a `path` it is the document of that name."""
+    """A model by the name that the recipe gives it: what lies at `path`, or a `repository` on the hub, or, with
+    neither, the document of that name."""
 
     name: str
     path: Path | None
+    repository: Repository | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A model on the hub: its id, the branch, tag or commit (None: its main branch), and where the recipe names it."""
+
+    id: str
+    revision: str | None
+    place: str = field(compare=False)
 
 
 # --- documents ---
@@ -130,10 +142,6 @@ _LATER = {
     "tokenizer_source": "leave it out where the models' vocabularies are the same",
     "chat_template": "leave it out, and the base's template is copied",
 }
-_UNSUPPORTED = (
-    "nuslerp multislerp karcher model_stock nearswap arcee_fusion sce ram ramplus_tl"
-    " breadcrumbs breadcrumbs_ties della della_linear"
-)
 
 
 def _documents(text: str, file: str, folder: Path) -> tuple[Document, ...]:
@@ -165,7 +173,7 @@ def _by_need(named: Mapping[str | None, Document]) -> tuple[Document, ...]:
             raise RecipeError(f"documents need one another in a circle: {cycle}", document.place)
         if document.name not in done:
             for model in document.models:
-                if model.path is None:
+                if model.name in named:
                     visit(named[model.name], (*path, document.name))
             done[document.name] = document
 
@@ -213,8 +221,6 @@ def _method(at: Marked) -> Method:
     name = at.text()
     if name in METHODS:
         return METHODS[name]
-    if name in _UNSUPPORTED.split():
-        raise at.error(f"{name} is a method of mergekit that is not supported yet; there are {', '.join(METHODS)}")
     raise at.error(f"unknown merge_method {name!r}{meant(name, METHODS)}")
 
 
@@ -281,7 +287,7 @@ class _Reader:
         if not whole and bounds is None:
             raise at.error("layer_range is missing; write [start, end], the end not included")
         if "model" not in fields:
-            raise at.error("model is missing; it is a folder with a checkpoint, or the name of another document")
+            raise at.error("model is missing; it is a folder with a checkpoint, a hub id, or the name of a document")
         model = self.models.find(fields["model"])
         layers = None if bounds is None else _layers(bounds)
         return Entry(model, layers, read_parameters(fields, self.method, own=True), at.place)
@@ -293,14 +299,16 @@ class _Reader:
         for place, source in enumerate(sources):
             if source.model in models[:place]:
                 raise RecipeError(f"the model {source.model.name!r} is here twice; it takes part once", source.place)
-        if method.base is not Base.INPUT and base not in models:
+        needed = method.base is not Base.INPUT and (method.base is not Base.OPTIONAL or base is not None)
+        if needed and base not in models:
             where = "and where layers are sliced it is one of the sources of each slice"
             raise at.error(f"{method.name} needs base_model, {where}")
-        count = len(models) - (method.base is Base.ORIGIN)
+        apart = method.base.apart and base in models
+        count = len(models) - apart
         low, high = method.models
         if count < low or (high is not None and count > high):
             wanted = f"{'exactly' if low == high else 'at least'} {_COUNTS[low]}"
-            besides = " besides the base" if method.base is Base.ORIGIN else ""
+            besides = " besides the base" if apart else ""
             note = "; base_model counts as one" if method.base is Base.INPUT and base in models else ""
             raise at.error(f"{method.name} takes {wanted}{besides}, got {count}{note}")
         return Slice(tuple(sources), models.index(base) if base in models else None, parameters, at.place)
@@ -322,10 +330,16 @@ def _layers(at: Marked) -> tuple[int, int]:
 
 # --- models ---
 
+#: `name` or `org/name`, and `@` with a branch, tag or commit.
+_HUB_ID = re.compile(
+    r"(?!.*\.\.)(?![^@]*--)(?P<id>(?:\w(?:[\w.-]*\w)?/)?\w(?:[\w.-]*\w)?)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Models:
-    """What names of models mean: other documents, or paths; `found` are those met so far, by their real path."""
+    """What names of models mean: other documents, paths, or hub ids; `found` are the paths met so far, by where they
+    really are."""
 
     documents: frozenset[str]
     folder: Path
@@ -340,27 +354,26 @@ class _Models:
         for path in (Path(name), self.folder / name):
             if os.path.exists(path):
                 return self.found.setdefault(os.path.realpath(path), Model(name, path))
-        raise at.error(_absent(name, self.documents))
+        if hub := _HUB_ID.fullmatch(name):
+            return Model(name, None, Repository(hub["id"], hub["revision"], at.place))
+        raise at.error(_absent(name))
 
 
 def _instead(fields: Mapping[str, Marked]) -> str:
     """What to do about mergekit's long form of a model, {model: {path, revision}, lora}."""
     if "model" in fields and isinstance(fields["model"].value, dict):
         fields = {**fields, **fields["model"].mapping()}
-    for key, remedy in (("lora", "fuse it first"), ("revision", "download it to a folder")):
-        if key in fields and fields[key].value is not None:
-            return f"{key} is not supported yet, {remedy} and write that folder"
-    path = fields.get("path", fields.get("model"))
-    return "write the folder of the model" if path is None else f"write {path.text()!r} in its place"
+    if "lora" in fields and fields["lora"].value is not None:
+        return "lora is not supported yet, fuse it first and write that folder"
+    path, revision = fields.get("path", fields.get("model")), fields.get("revision")
+    if path is None:
+        return "write the folder of the model"
+    at = "" if revision is None or revision.value is None else f"@{revision.text()}"
+    return f"write {path.text() + at!r} in its place"
 
 
-def _absent(name: str, documents: frozenset[str]) -> str:
+def _absent(name: str) -> str:
     """Why a name is no model, with what to do about it."""
     if "+" in name:
         return f"there is no folder {name!r}, and LoRA adapters (base+adapter) are not supported yet; fuse it first"
-    if "@" in name:
-        return f"there is no folder {name!r}, and hub revisions are not supported yet; download the model to a folder"
-    if name.count("/") <= 1 and not name.startswith((".", "/", "~")):
-        hint = "hub ids are not supported yet: download the model to a folder and name that" + meant(name, documents)
-        return f"there is no folder or document {name!r}, and {hint}"
     return f"there is no file or folder {name!r}"

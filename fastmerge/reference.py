@@ -7,7 +7,8 @@ Philox4x32 with 7 rounds (Salmon et al., SC 2011) at the element's flat index.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,7 +53,30 @@ def merge(
     tensors: Sequence[Inputs], sweeps: Sequence[Sequence[Sweep]], targets: Sequence[Sequence[Target]], run: Run
 ) -> list[Found]:
     """Write K outputs per tensor, one for each of its sweeps, from one read; a U8 tensor is copied."""
-    return [_merge(*job, run) for job in zip(tensors, sweeps, targets, strict=True)]
+    return [
+        _copy(inputs, each, run)
+        if inputs.models[0].dtype == "U8"
+        else _written(inputs, [partial(sweep_tile, sweep=sweep) for sweep in those], each, run)
+        for inputs, those, each in zip(tensors, sweeps, targets, strict=True)
+    ]
+
+
+def compute(
+    tensors: Sequence[Inputs],
+    functions: Sequence[Sequence[Callable[[Sequence[Tensor], Tensor | None], Tensor]]],
+    targets: Sequence[Sequence[Target]],
+    run: Run,
+) -> list[Found]:
+    """`merge`, with functions of whole tensors, all of them flat, in the place of sweeps."""
+    return [
+        _written(
+            inputs,
+            [lambda models, base, begin, whole=whole: whole(models, base) for whole in those],
+            each,
+            run._replace(tile=inputs.elements),
+        )
+        for inputs, those, each in zip(tensors, functions, targets, strict=True)
+    ]
 
 
 # --- the stages of a sweep ---
@@ -67,7 +91,7 @@ def keep(delta: Tensor, how: Keep, part: Part, begin: int) -> Tensor:
     if how is Keep.ALL:
         return delta
     if how is Keep.BERNOULLI:
-        kept = _random(part.key, begin, len(delta)) < part.cut
+        kept = random_bits(part.key, begin, len(delta)) < part.cut
     else:
         magnitudes, cut = _magnitude_bits(delta), _magnitude_bits(_scalar(part.magnitude, delta))
         index = torch.arange(begin, begin + len(delta))
@@ -181,7 +205,7 @@ def _rounded_to_odd(values: Tensor) -> Tensor:
 _WORD = 0xFFFFFFFF
 
 
-def _random(key: int, begin: int, count: int) -> Tensor:
+def random_bits(key: int, begin: int, count: int) -> Tensor:
     """32 random bits for each flat index from `begin`: 16 of stream 0, then 16 of stream 1."""
     return _pieces(key, begin, count, 0) << 16 | _pieces(key, begin, count, 1)
 
@@ -311,9 +335,8 @@ def _selectable(
         start += inputs.elements
 
 
-def _merge(inputs: Inputs, sweeps: Sequence[Sweep], targets: Sequence[Target], run: Run) -> Found:
-    if inputs.models[0].dtype == "U8":
-        return _copy(inputs, targets, run)
+def _written(inputs: Inputs, functions: Sequence[Callable[..., Tensor]], targets: Sequence[Target], run: Run) -> Found:
+    """Each function takes the models and the base of a tile, and its `begin`."""
     views = inputs.views
     nonfinite, first, overflow = [0] * len(views), [-1] * len(views), [0] * len(targets)
     arithmetic = _arithmetic(views)
@@ -323,8 +346,8 @@ def _merge(inputs: Inputs, sweeps: Sequence[Sweep], targets: Sequence[Target], r
             if len(places) and first[i] < 0:
                 first[i] = begin + int(places[0])
             nonfinite[i] += len(places)
-        for k, (sweep, target) in enumerate(zip(sweeps, targets, strict=True)):
-            merged = sweep_tile(models, base, sweep, begin)
+        for k, (function, target) in enumerate(zip(functions, targets, strict=True)):
+            merged = function(models, base, begin=begin)
             output = narrow(merged, _DTYPES[target.dtype])
             overflow[k] += int((merged.isfinite() & output.isinf()).sum())
             _store(output, target, begin)

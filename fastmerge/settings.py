@@ -52,7 +52,9 @@ class Resolver:
                 for i in takers
             ),
         )
-        if self.method.selects or self.method.gram or self.method.random:
+        if fault := self.method.fault(settings):
+            raise RecipeError(f"{fault}, for {row.name!r}", self.slice.place)
+        if self.method.selects or self.method.gram or self.method.random or self.method.direct:
             return settings, False
         sweep = self.method.sweep(settings, Measured())
         if abs(sweep.divisor) < 1e-8:

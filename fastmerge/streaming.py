@@ -24,7 +24,7 @@ from itertools import chain, groupby
 from typing import NamedTuple
 
 from . import backends, gds, memory
-from .batches import BATCH_BYTES, Batch, Reader, in_batches, inputs_of
+from .batches import BATCH_BYTES, Batch, Reader, in_batches, inputs_of, joined, row_of
 from .checkpoint import Writer
 from .checkpoint.header import open_regular
 from .errors import BackendError, CheckpointError
@@ -99,7 +99,7 @@ class Streamer:
 
     def takes(self, job: Job) -> bool:
         """Whether a job can go this way."""
-        return self.reader.raw(job) or self.ops.dtypes.issuperset(self.reader.dtypes(job))
+        return self.reader.raw(job) or (not job.direct and self.ops.dtypes.issuperset(self.reader.dtypes(job)))
 
     def swept(self, jobs: Sequence[Job]) -> Generator[tuple[Job, Found], None, None]:
         """Does the jobs, and tells of each when its output is written. To be closed, which stops all lanes.
@@ -163,13 +163,15 @@ class Streamer:
         yield from self._received(traffic, wait=True)
 
     def _tiles(self, job: Job, nbytes: int) -> Iterator[_Piece]:
-        """The pieces of a job too large for a lane, after what its method wants to know."""
+        """The pieces of a job too large for a lane, after what its method wants to know, unless that is of each row."""
         sweeps: list[Sweep] = []
-        if not self.reader.raw(job):
+        raw, row = self.reader.raw(job), row_of(job)
+        if not raw and not row:
             on_cpu = backends.Ops("auto", self.reader.dtypes(job), "cpu", self.worked)
             (sweeps,) = measured(self.reader.mapped([job]), on_cpu, self.cuts, self.run)
         sizes = [SWEPT[dtype] for dtype in _held(job, self.reader)]
-        step = (nbytes - _ALIGNED * len(sizes)) // sum(sizes) // 8 * 8
+        unit = row or 8
+        step = (nbytes - _ALIGNED * len(sizes)) // sum(sizes) // unit * unit
         if step <= 0:
             raise BackendError(
                 f"tensor {job.name!r} has {len(job.sources):,} inputs, for which {nbytes:,} bytes are too little: "
@@ -177,7 +179,7 @@ class Streamer:
             )
         count = self.reader.elements(job)
         for begin in range(0, count, step):
-            yield _Piece([job], not sweeps, sweeps, begin, min(step, count - begin))
+            yield _Piece([job], raw, sweeps, begin, min(step, count - begin))
 
     def _received(self, traffic: _Traffic, wait: bool) -> Iterator[tuple[Job, Found]]:
         """The jobs that are done; with `wait` until all are, looking up now and then for whoever wants to stop."""
@@ -246,11 +248,7 @@ class _Traffic:
         if done < count:
             self._tiles[job.name] = done, others
             return None
-        return Found(
-            tuple(map(sum, zip(*(each.nonfinite for each in others), strict=True))),
-            tuple(map(_first, zip(*(each.first for each in others), strict=True))),
-            tuple(map(sum, zip(*(each.overflow for each in others), strict=True))),
-        )
+        return joined(others)
 
 
 class _Move(NamedTuple):
@@ -409,10 +407,6 @@ def _reading(file: str) -> Iterator[FileIO]:
             yield opened
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read ({error.strerror}): fetch it again") from None
-
-
-def _first(places: Sequence[int]) -> int:
-    return min((place for place in places if place >= 0), default=-1)
 
 
 def _room(job: Job, reader: Reader) -> int:

@@ -162,6 +162,172 @@ def dropped(
     ]
 
 
+# --- Model breadcrumbs, arXiv:2312.06795 ---
+
+
+def breadcrumbs(
+    base: Array,
+    models: Sequence[Array],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    gammas: Sequence[float],
+    *,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: str = "none",
+) -> Array:
+    kept = banded(base, models, densities, gammas, rescale)
+    return base + lambda_ * weighted_sum(kept, weights, normalize)
+
+
+def breadcrumbs_ties(
+    base: Array,
+    models: Sequence[Array],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    gammas: Sequence[float],
+    *,
+    lambda_: float = 1.0,
+    rescale: str = "none",
+    elect: str = "weighted",
+    tie_vote: str = "positive",
+    divide: str = "none",
+) -> Array:
+    kept = banded(base, models, densities, gammas, rescale)
+    return base + lambda_ * consensus(kept, weights, elect, tie_vote, divide)
+
+
+def banded(
+    base: Array, models: Sequence[Array], densities: Sequence[float], gammas: Sequence[float], rescale: str
+) -> list[Array]:
+    return [
+        rescaled(x - base, band(x - base, density, gamma), density, rescale)
+        for x, density, gamma in zip(models, densities, gammas, strict=True)
+    ]
+
+
+def band(delta: Array, density: float, gamma: float) -> Array:
+    """Of the magnitudes from the largest, equals by index: int(gamma n) skipped, but no more than may be, then
+    int(density n) kept."""
+    kept = int(density * delta.size)
+    skipped = min(int(gamma * delta.size), delta.size - kept)
+    mask = np.zeros(delta.size, bool)
+    mask[np.argsort(-np.abs(delta), kind="stable")[skipped : skipped + kept]] = True
+    return np.where(mask, delta, 0.0)
+
+
+# --- DELLA-Merging, arXiv:2406.11617 ---
+
+
+def della_linear(
+    base: Array,
+    models: Sequence[Array],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    epsilons: Sequence[float],
+    keys: Sequence[int],
+    columns: int,
+    *,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: str = "l1",
+) -> Array:
+    kept = magnitude_pruned(base, models, densities, epsilons, keys, columns, rescale)
+    return base + lambda_ * weighted_sum(kept, weights, normalize)
+
+
+def della(
+    base: Array,
+    models: Sequence[Array],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    epsilons: Sequence[float],
+    keys: Sequence[int],
+    columns: int,
+    *,
+    lambda_: float = 1.0,
+    rescale: str = "l1",
+    elect: str = "weighted",
+    tie_vote: str = "positive",
+    divide: str = "weights",
+) -> Array:
+    kept = magnitude_pruned(base, models, densities, epsilons, keys, columns, rescale)
+    return base + lambda_ * consensus(kept, weights, elect, tie_vote, divide)
+
+
+def magnitude_pruned(
+    base: Array,
+    models: Sequence[Array],
+    densities: Sequence[float],
+    epsilons: Sequence[float],
+    keys: Sequence[int],
+    columns: int,
+    rescale: str,
+) -> list[Array]:
+    """MagPrune: each element of a row is kept with a probability that grows with its rank."""
+    kept = []
+    for x, density, epsilon, key in zip(models, densities, epsilons, keys, strict=True):
+        delta = x - base
+        chance = probabilities(delta.reshape(-1, columns), density, epsilon).ravel()
+        bits = pieces(key, delta.size, 0) << 16 | pieces(key, delta.size, 1)
+        left = np.where(bits < np.rint(chance * 2**32), delta, 0.0)
+        kept.append(left / chance if rescale == "inverse" else rescaled(delta, left, density, rescale))
+    return kept
+
+
+def probabilities(rows: Array, density: float, epsilon: float) -> Array:
+    """From density - epsilon for a row's smallest magnitude to density + epsilon for its largest, in equal steps; of
+    equals the first is the largest."""
+    columns = rows.shape[1]
+    found = np.empty(rows.shape)
+    for row, chances in zip(np.abs(rows), found, strict=True):
+        smaller = [sum(row < x) + sum(row[i + 1 :] == x) for i, x in enumerate(row)]
+        chances[:] = density - epsilon + 2 * epsilon * np.array(smaller) / (columns - 1)
+    return found
+
+
+# --- methods that are nobody's paper, or a paper's without a drop ---
+
+
+def nearswap(base: Array, model: Array, t: float) -> Array:
+    delta = model - base
+    apart = np.where(delta == 0, 1.0, np.abs(delta))
+    return base + np.clip(t / apart, 0.0, 1.0) * delta
+
+
+def arcee_scores(base: Array, model: Array) -> tuple[Array, float]:
+    """What is held against the threshold, and the threshold. Rows of [rows, columns]."""
+    after, before = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) + 1e-8 for x in (model, base))
+    divergence = (after * np.log(after / before)).sum(axis=1, keepdims=True)
+    scores = np.abs(model - base) * divergence
+    low, median, high = (np.sort(scores.ravel())[int(q * (scores.size - 1))] for q in (0.25, 0.5, 0.75))
+    return scores, median + 1.5 * (high - low)
+
+
+def sce(base: Array, models: Sequence[Array], top: float = 1.0) -> Array:
+    """Select, calculate, erase: arXiv:2408.07990."""
+    deltas = np.stack(models) - base  # [M, n]
+    if top < 1:
+        variance = deltas.var(axis=0)
+        deltas = np.where(largest(variance, int(top * np.count_nonzero(variance))), deltas, 0.0)
+    squares = (deltas**2).mean(axis=1)
+    weights = squares / squares.sum() if squares.sum() >= 1e-6 else np.full(len(models), 1 / len(models))
+    return base + consensus(list(deltas), weights.tolist(), "plain", "positive", "weights")
+
+
+def ram(base: Array, models: Sequence[Array], epsilon: float, r: float = 0.0, alpha: float = 0.0) -> Array:
+    """RAM, and RAM+ where r is not 0: arXiv:2601.13572."""
+    deltas = np.stack(models) - base  # [M, n]
+    active = np.abs(deltas) > epsilon
+    count = active.sum(axis=0)
+    merged = np.zeros(base.size)
+    for delta, mine in zip(deltas, active, strict=True):
+        alone, shared = mine & (count == 1), mine & (count > 1)
+        grown = 1 + r * np.clip(shared.sum() / max(alone.sum(), 1), 0, alpha)
+        merged += np.where(alone, grown * delta, 0.0) + np.where(shared, delta / np.maximum(count, 1), 0.0)
+    return base + merged
+
+
 # --- SLERP, Shoemake, SIGGRAPH 1985 ---
 
 
@@ -173,6 +339,85 @@ def slerp(a: Array, b: Array, t: float) -> Array:
         return (1 - t) * a + t * b
     angle = math.acos(cosine)
     return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
+
+
+def nuslerp(models: Sequence[Array], weights: Sequence[float], base: Array | float = 0.0) -> Array:
+    """Of deltas, at the second one's share of the weights; straight where the cosine is 1 or -1 in float32."""
+    t = weights[1] / sum(weights) if abs(sum(weights)) >= 1e-6 else 0.5
+    a, b = (x - base for x in models)
+    cosine = np.clip(np.dot(*(x / max(np.linalg.norm(x), 1e-7) for x in (a, b))), -1.0, 1.0)
+    if abs(np.float32(cosine)) == 1:
+        return base + (1 - t) * a + t * b
+    angle = math.acos(cosine)
+    return base + (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
+
+
+# --- means on the sphere ---
+
+
+def multislerp(
+    models: Sequence[Array],
+    weights: Sequence[float],
+    base: Array | float = 0.0,
+    normalize: bool = True,
+    eps: float = 1e-8,
+) -> Array:
+    """Algorithm A1 of Buss & Fillmore (ACM TOG 2001), one step of it from the direction of the mean."""
+    x = np.stack(models) - base  # [M, n]
+    w = np.asarray(weights, float) / (sum(weights) if normalize else 1.0)
+    lengths = np.linalg.norm(x, axis=1)
+    u = x / (lengths + eps)[:, None]
+    mean = w @ u
+    mean /= np.linalg.norm(mean)
+    step = w @ (u - np.outer(u @ mean, mean))
+    angle = np.linalg.norm(step) + eps
+    return base + (w @ lengths) * (math.cos(angle) * mean + math.sin(angle) / angle * step)
+
+
+def karcher(models: Sequence[Array], rounds: int = 10, tolerance: float = 1e-5) -> Array:
+    """The mean of Karcher (CPAM 1977) of the directions, by gradient descent with steps of 1, times the mean length."""
+    lengths = [float(np.linalg.norm(x)) for x in models]
+    units = [x / length for x, length in zip(models, lengths, strict=True) if length > tolerance]
+    if not units:
+        return np.zeros_like(models[0])
+    u = np.mean(units, axis=0)
+    u = units[0] if np.linalg.norm(u) < tolerance else u / np.linalg.norm(u)
+    for _ in range(rounds):
+        step = np.mean([logarithm(u, unit, tolerance) for unit in units], axis=0)
+        angle = float(np.linalg.norm(step))
+        if angle < tolerance:
+            break
+        u = math.cos(angle) * u + math.sin(angle) / angle * step
+        u = u / np.linalg.norm(u)
+    return np.mean(lengths) * u
+
+
+def logarithm(u: Array, v: Array, tolerance: float) -> Array:
+    """The tangent at u that leads to v; zero where they are as near as `tolerance`, or opposite."""
+    cosine = float(np.clip(np.dot(u, v), -1.0, 1.0))
+    angle = math.acos(cosine)
+    if min(angle, math.pi - angle) < tolerance:
+        return np.zeros_like(u)
+    return angle / math.sin(angle) * (v - cosine * u)
+
+
+# --- Model Stock, arXiv:2403.19522 ---
+
+
+def model_stock(base: Array, models: Sequence[Array]) -> Array:
+    deltas = [x - base for x in models]
+    lengths = [float(np.linalg.norm(d)) for d in deltas]
+    count = len(deltas)
+    cosine = np.mean(
+        [
+            np.clip(np.dot(deltas[i], deltas[j]) / max(lengths[i] * lengths[j], 1e-6), -1.0, 1.0)
+            for i in range(count)
+            for j in range(i + 1, count)
+        ]
+    )
+    divisor = 1 + (count - 1) * cosine
+    t = count * cosine / divisor if abs(divisor) >= 1e-6 else 0.0
+    return t * np.mean(models, axis=0) + (1 - t) * base
 
 
 def passthrough(model: Array, scale: float | None = None) -> Array:

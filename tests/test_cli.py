@@ -507,15 +507,16 @@ def test_without_any_backend_a_merge_says_what_to_install(fastmerge_: Command, m
     assert not Path("out").exists()
 
 
-def test_demo_merges_by_every_method(fastmerge_: Command) -> None:
+def test_demo_merges_by_every_fused_method(fastmerge_: Command) -> None:
     ended = fastmerge_("demo", "models")
     assert (ended.code, ended.err) == (0, "")
     rows = {cells[1].strip(): cells for line in ended.out.splitlines() if len(cells := line.split("│")) > 4}
-    assert rows.keys() == METHODS.keys()
+    fused = {name for name, row in METHODS.items() if not row.direct}
+    assert rows.keys() == fused
     distances = {name: [float(cell) for cell in cells[4:8]] for name, cells in rows.items()}
     assert all(0 < distance < 0.2 for name, row in distances.items() for distance in row if name != "passthrough")
     assert distances["passthrough"][1] == 0
-    assert {path.name for path in Path("models").iterdir()} == {"base", "code", "maths", "prose", *METHODS}
+    assert {path.name for path in Path("models").iterdir()} == {"base", "code", "maths", "prose", *fused}
     shutil.rmtree("models")
 
 
@@ -542,7 +543,7 @@ finally:
 
 def test_help_names_every_command_and_its_options(fastmerge_: Command) -> None:
     text = fastmerge_("--help").out
-    assert all(f"  {command} " in text for command in ("demo", "info", "merge", "plan"))
+    assert all(f"  {command} " in text for command in ("demo", "info", "merge", "multi", "plan", "yaml"))
     text = fastmerge_("merge", "--help").out
     for option in ["backend", "threads", "seed", "shard-size", "gpu-memory", "overwrite", "nonfinite", "quiet"]:
         assert f"--{option}" in text

@@ -124,7 +124,7 @@ def test_a_part_of_a_tensor_is_swept_at_its_place(provider: ModuleType, begin: i
 def test_a_random_drop_is_decided_to_its_last_bit(provider: ModuleType, begin: int) -> None:
     """One below the cut stays, and what equals it goes: the first 16 bits tie, and the second draw decides."""
     key, values = 0xFEDCBA9876543210, np.arange(1, 1001, dtype=np.float32)
-    drawn = reference._random(key, begin, len(values))
+    drawn = reference.random_bits(key, begin, len(values))
     tensors = Tensors([(values, "F32")])
     for place in (0, 7, 500):
         for above, kept in ((0, False), (1, True)):

@@ -50,6 +50,10 @@ RECIPES = {
     "ties-of-model": f"merge_method: ties\n{BASED}parameters: {{weight: 0.7, density: 0.3, scope: model}}\n",
     "dare_linear": f"merge_method: dare_linear\n{BASED}parameters: {{weight: 0.4, density: 0.6}}\n",
     "dare_ties": f"merge_method: dare_ties\n{BASED}parameters: {{weight: 0.4, density: 0.6}}\n",
+    "nuslerp": "merge_method: nuslerp\nmodels: [model: a, model: b]\nparameters: {weight: [0.2, 0.7]}\n",
+    "multislerp": f"merge_method: multislerp\n{BASED}parameters: {{weight: [0.2, 0.7]}}\n",
+    "karcher": "merge_method: karcher\nmodels: [model: a, model: b, model: c]\n",
+    "model_stock": f"merge_method: model_stock\n{BASED}",
     "slerp": "merge_method: slerp\nbase_model: a\nmodels: [model: a, model: b]\nparameters: {t: [0, 0.7]}\n",
     "passthrough": "merge_method: passthrough\nmodels: [model: a]\nparameters: {scale: [{filter: mlp, value: 0.3}]}\n",
 }

@@ -135,7 +135,7 @@ def test_no_size_and_no_alignment_changes_a_bit(count: int, skew: int) -> None:
 def test_a_random_drop_is_decided_to_its_last_bit(begin: int) -> None:
     """One below the cut stays, and what equals it goes: the first 16 bits tie, and the second draw decides."""
     key, values = 0xFEDCBA9876543210, np.arange(1.0, 1002.0)
-    drawn = reference._random(key, begin, len(values))
+    drawn = reference.random_bits(key, begin, len(values))
     for place in (0, 7, 500):
         for above, kept in ((0, False), (1, True)):
             sweep = Sweep((Part(cut=int(drawn[place]) + above, key=key),), Keep.BERNOULLI)
@@ -418,7 +418,8 @@ def sweep_of(method):  # by its defaults, of as many models as it takes, at most
         tuple({p.name: given.get(p.name, p.default) for p in method.parameters if p.per_model} for _ in range(models)),
         tuple(range(models)),
     )
-    return method.sweep(settings, Measured((Cut(0.5, 9),) * models, ((1.0, 0.5), (0.5, 1.0)) if method.gram else ()))
+    gram = [[1.0 if i == j else 0.5 for j in range(models)] for i in range(models)]
+    return method.sweep(settings, Measured((Cut(0.5, 9),) * models, gram))
 
 def job(sweeps, has_base):
     targets = [Target("BF16", 65536 * (1 + k)) for k in range(len(sweeps))]
@@ -430,7 +431,7 @@ JITFunction.__getitem__ = compile_only
 device.INTERPRETED = True  # the host's memory stands for the device's
 torch.empty = torch.zeros
 host = torch.device("cpu")
-sweeps = {name: sweep_of(method) for name, method in METHODS.items()}
+sweeps = {name: sweep_of(method) for name, method in METHODS.items() if not method.direct}
 for name, sweep in sweeps.items():
     merging._sweep([job([sweep], METHODS[name].base is Base.ORIGIN)], False, host)
     done(name)
@@ -456,7 +457,8 @@ views = [group.tensors[0].models[0], group.tensors[0].base]
 select._place([select._Split(select._Asked(group, 0), views, [8, 0, 0, 4096, 8192, 1, 1])], host)
 done("place")
 """
-NAMES = {*METHODS, "three-settings", "look", "gram", "norms", "sample", "tally", "census", "place"}
+FUSED = [name for name, row in METHODS.items() if not row.direct]
+NAMES = {*FUSED, "three-settings", "look", "gram", "norms", "sample", "tally", "census", "place"}
 #: Registers of a thread, beyond which a processor has no room for 512 threads, or 384 where so much is summed.
 REGISTERS = dict.fromkeys(NAMES, 128) | {"three-settings": 168, "norms": 168}
 
@@ -523,7 +525,7 @@ def test_tensors_are_read_and_written_16_bytes_at_a_time(built: Built) -> None:
 @pytest.mark.parametrize("built", NVIDIA, indirect=True)
 def test_no_sweep_is_contracted_or_approximate(built: Built) -> None:
     """Each float32 operation is one of IEEE's, to nearest even, denormals and all."""
-    for name in (*METHODS, "three-settings"):
+    for name in (*FUSED, "three-settings"):
         operations = re.findall(r"\b(?:add|sub|mul|mad|div|fma|rcp|ex2|sqrt)\.[a-z0-9.]*f32(?:x2)?\b", built[name][0])
         operations = {operation.removesuffix("x2") for operation in operations}  # two at a time on the newest
         assert "mul.rn.f32" in operations

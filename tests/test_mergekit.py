@@ -58,6 +58,7 @@ models:
 """
 SIGNED = WEIGHTED.replace("weight: 1.0", "weight: -1.0")
 PAIR = "base_model: a\nmodels: [model: a, model: b]\n"
+WEIGHTS_OF_TWO = "models: [{model: a, parameters: {weight: 0.7}}, {model: b, parameters: {weight: 0.4}}]\n"
 
 #: Without a dtype of their own: float32 models with `dtype: float32`, bf16 models with `dtype: bfloat16`.
 RECIPES = {
@@ -100,6 +101,37 @@ models:
     "dare_linear-density-1": f"merge_method: dare_linear\nparameters: {{density: 1}}\n{SIGNED}",
     "dare_ties-density-1": f"merge_method: dare_ties\nparameters: {{density: 1}}\n{WEIGHTED}",
     "dare_ties-density-1-normalized": f"merge_method: dare_ties\nparameters: {{normalize: true}}\n{SIGNED}",
+    # breadcrumbs, and the part of della that draws nothing
+    "breadcrumbs": f"merge_method: breadcrumbs\nparameters: {{density: 0.6, gamma: 0.1}}\n{WEIGHTED}",
+    "breadcrumbs-no-gamma": f"merge_method: breadcrumbs\nparameters: {{density: 0.6, gamma: 0}}\n{WEIGHTED}",
+    "breadcrumbs-sparse": f"merge_method: breadcrumbs\nparameters: {{density: 0.013}}\n{WEIGHTED}",
+    "breadcrumbs-more-gamma-than-is-left": (
+        f"merge_method: breadcrumbs\nparameters: {{density: 0.9, gamma: 0.3}}\n{WEIGHTED}"
+    ),
+    "breadcrumbs-rescaled": (
+        f"merge_method: breadcrumbs\nparameters: {{density: 0.6, rescale: true, normalize: true}}\n{WEIGHTED}"
+    ),
+    "breadcrumbs-density-1": f"merge_method: breadcrumbs\nparameters: {{rescale: true}}\n{SIGNED}",
+    "breadcrumbs_ties": f"merge_method: breadcrumbs_ties\nparameters: {{density: 0.6, gamma: 0.1}}\n{WEIGHTED}",
+    "breadcrumbs_ties-normalized": (
+        f"merge_method: breadcrumbs_ties\nparameters: {{density: 0.6, normalize: true, lambda: 0.7}}\n{WEIGHTED}"
+    ),
+    "della-density-1": f"merge_method: della\nparameters: {{density: 1}}\n{WEIGHTED}",
+    "della_linear-density-1": f"merge_method: della_linear\nparameters: {{density: 1}}\n{SIGNED}",
+    # one other model
+    "nearswap": "merge_method: nearswap\nbase_model: base\nmodels: [model: a]\nparameters: {t: 0.001}\n",
+    "nearswap-small": "merge_method: nearswap\nbase_model: a\nmodels: [model: b]\nparameters: {t: [0, 0.00001]}\n",
+    "arcee_fusion": "merge_method: arcee_fusion\nbase_model: base\nmodels: [model: a]\n",
+    # weights that follow from the deltas
+    "sce": f"merge_method: sce\nbase_model: base\n{THREE}",
+    "sce-top": f"merge_method: sce\nbase_model: base\nparameters: {{select_topk: 0.3}}\n{THREE}",
+    "sce-of-one": "merge_method: sce\nbase_model: base\nparameters: {select_topk: 0.3}\nmodels: [model: a]\n",
+    "ram": f"merge_method: ram\nbase_model: base\nparameters: {{epsilon: 0.003}}\n{THREE}",
+    "ram-default": f"merge_method: ram\nbase_model: base\n{THREE}",
+    "ramplus_tl": f"merge_method: ramplus_tl\nbase_model: base\nparameters: {{epsilon: 0.003}}\n{THREE}",
+    "ramplus_tl-more": (
+        f"merge_method: ramplus_tl\nbase_model: base\nparameters: {{epsilon: 0.002, r: 0.5, alpha: 7}}\n{THREE}"
+    ),
     # slerp
     "slerp": f"merge_method: slerp\nparameters: {{t: 0.3}}\n{PAIR}",
     "slerp-ends": f"merge_method: slerp\nparameters: {{t: [0, 1]}}\n{PAIR}",
@@ -126,6 +158,27 @@ slices:
 - sources: [{model: a, layer_range: [1, 4]}, {model: b, layer_range: [1, 4]}]
 parameters: {t: [0.1, 0.9]}
 """,
+    # means on the sphere
+    "nuslerp": f"merge_method: nuslerp\n{WEIGHTS_OF_TWO}",
+    "nuslerp-of-deltas": f"merge_method: nuslerp\nbase_model: base\n{WEIGHTS_OF_TWO}",
+    "nuslerp-rows": f"merge_method: nuslerp\nparameters: {{nuslerp_flatten: false}}\n{WEIGHTS_OF_TWO}",
+    "nuslerp-rows-of-deltas": (
+        f"merge_method: nuslerp\nbase_model: base\nparameters: {{nuslerp_flatten: false}}\n{WEIGHTS_OF_TWO}"
+    ),
+    "nuslerp-columns": (
+        f"merge_method: nuslerp\nparameters: {{nuslerp_flatten: false, nuslerp_row_wise: true}}\n{WEIGHTS_OF_TWO}"
+    ),
+    "multislerp": f"merge_method: multislerp\n{WEIGHTED.replace('base_model: base', '')}",
+    "multislerp-of-deltas": f"merge_method: multislerp\n{WEIGHTED}",
+    "multislerp-not-normalized": f"merge_method: multislerp\nparameters: {{normalize_weights: false}}\n{WEIGHTED}",
+    "multislerp-of-one": (
+        "merge_method: multislerp\nbase_model: base\nmodels: [{model: a, parameters: {weight: 0.3}}]\n"
+    ),
+    "karcher": f"merge_method: karcher\n{THREE}",
+    "karcher-base-joins-as-model": f"merge_method: karcher\nbase_model: base\n{THREE}",
+    "karcher-of-one": "merge_method: karcher\nmodels: [model: a]\n",
+    "model_stock": f"merge_method: model_stock\nbase_model: base\n{THREE}",
+    "model_stock-rows": f"merge_method: model_stock\nbase_model: base\nparameters: {{filter_wise: true}}\n{THREE}",
     # passthrough
     "passthrough": "merge_method: passthrough\nmodels: [model: a]\n",
     "passthrough-frankenmerge": """
@@ -207,7 +260,18 @@ ORACLES: Mapping[str, Oracle] = {
     "ties-rescaled": lambda base, models: oracles.ties(base, models, WEIGHTS, (0.3,) * 3, rescale="l1"),
     "dare_linear-density-1": lambda base, models: oracles.task_arithmetic(base, models, NEGATIVE),
     "dare_ties-density-1": lambda base, models: oracles.ties(base, models, WEIGHTS, (1.0,) * 3, normalize=False),
+    "breadcrumbs": lambda base, models: oracles.breadcrumbs(base, models, WEIGHTS, (0.6,) * 3, (0.1,) * 3),
+    "breadcrumbs_ties": lambda base, models: oracles.breadcrumbs_ties(base, models, WEIGHTS, (0.6,) * 3, (0.1,) * 3),
+    "nearswap": lambda base, models: oracles.nearswap(base, models[0], 0.001),
+    "sce": lambda base, models: oracles.sce(base, models),
+    "ram": lambda base, models: oracles.ram(base, models, 0.003),
     "slerp": lambda base, models: oracles.slerp(models[0], models[1], 0.3),
+    "nuslerp": lambda base, models: oracles.nuslerp(models[:2], (0.7, 0.4)),
+    "nuslerp-of-deltas": lambda base, models: oracles.nuslerp(models[:2], (0.7, 0.4), base),
+    "multislerp": lambda base, models: oracles.multislerp(models, WEIGHTS),
+    "multislerp-of-deltas": lambda base, models: oracles.multislerp(models, WEIGHTS, base),
+    "karcher": lambda base, models: oracles.karcher(models),
+    "model_stock": lambda base, models: oracles.model_stock(base, models),
     "passthrough": lambda base, models: models[0],
 }
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -121,6 +124,55 @@ def test_slerp_keeps_the_length_on_the_way(provider: ModuleType) -> None:
     for t in (0.2, 0.5, 0.7):
         found = merge_by("slerp", provider, [a, b], shared={"t": t})
         assert np.linalg.norm(found) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("based", [False, True], ids=["models", "deltas"])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.3, 0.5), (0.5, -0.2)], ids=str)
+def test_nuslerp(provider: ModuleType, weights: tuple[float, float], based: bool) -> None:
+    base, models = unlike(2)
+    origin = base if based else None
+    found = merge_by("nuslerp", provider, models, origin, weight=weights)
+    expected = oracles.nuslerp(models, weights, base * based)
+    assert_within_rounding(found, expected, base * based, [2 * (x - base * based) for x in models])
+
+
+@pytest.mark.parametrize("based", [False, True], ids=["models", "deltas"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_multislerp(provider: ModuleType, normalize: bool, based: bool) -> None:
+    base, models = unlike(3)
+    origin, shared = base if based else None, {"normalize_weights": normalize}
+    found = merge_by("multislerp", provider, models, origin, weight=WEIGHTS, shared=shared)
+    expected = oracles.multislerp(models, WEIGHTS, base * based, normalize)
+    assert_within_rounding(found, expected, base * based, [2 * (x - base * based) for x in models])
+
+
+def test_weights_of_multislerp_that_sum_to_nothing_are_not_divided_by(provider: ModuleType) -> None:
+    base, models = unlike(2)
+    found = merge_by("multislerp", provider, models, base, weight=(1.0, -1.0))
+    expected = oracles.multislerp(models, (1.0, -1.0), base, normalize=False)
+    assert_within_rounding(found, expected, base, [x - base for x in models])
+
+
+@pytest.mark.parametrize("shared", [{}, {"max_iter": 1.0}, {"tol": 0.1}], ids=str)
+def test_karcher(provider: ModuleType, shared: dict[str, float]) -> None:
+    _, models = unlike(3)
+    found = merge_by("karcher", provider, models, shared=shared)
+    expected = oracles.karcher(models, int(shared.get("max_iter", 10)), shared.get("tol", 1e-5))
+    assert_within_rounding(found, expected, 0.0, [2 * x for x in models])
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_model_stock(provider: ModuleType, count: int) -> None:
+    base, models = unlike(count)
+    found = merge_by("model_stock", provider, models, base)
+    assert_within_rounding(found, oracles.model_stock(base, models), base, [x - base for x in models])
+
+
+def unlike(count: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A base and models at wide angles, whose deltas have something in common: no weight here comes to 2."""
+    base, models = family(models=count + 1)
+    shared = models.pop() - base
+    return base, [np.roll(model, 7 * i) + shared for i, model in enumerate(models)]
 
 
 # --- deltas, every model taking part ---
@@ -391,7 +443,20 @@ def test_the_table_names_what_each_row_needs() -> None:
         "ties",
         "dare_linear",
         "dare_ties",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "della",
+        "della_linear",
+        "sce",
+        "ram",
+        "ramplus_tl",
+        "nearswap",
+        "arcee_fusion",
         "slerp",
+        "nuslerp",
+        "multislerp",
+        "karcher",
+        "model_stock",
         "passthrough",
     ]
     assert [name for name, row in METHODS.items() if row.base is Base.ORIGIN] == [
@@ -399,10 +464,32 @@ def test_the_table_names_what_each_row_needs() -> None:
         "ties",
         "dare_linear",
         "dare_ties",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "della",
+        "della_linear",
+        "sce",
+        "ram",
+        "ramplus_tl",
+        "nearswap",
+        "arcee_fusion",
+        "model_stock",
     ]
+    assert [name for name, row in METHODS.items() if row.base is Base.OPTIONAL] == ["nuslerp", "multislerp"]
     assert [name for name, row in METHODS.items() if row.selects] == ["ties"]
-    assert [name for name, row in METHODS.items() if row.random] == ["dare_linear", "dare_ties"]
-    assert [name for name, row in METHODS.items() if row.gram] == ["slerp"]
+    assert [name for name, row in METHODS.items() if row.random] == [
+        "dare_linear",
+        "dare_ties",
+        "della",
+        "della_linear",
+    ]
+    assert [name for name, row in METHODS.items() if row.gram] == [
+        "slerp",
+        "nuslerp",
+        "multislerp",
+        "karcher",
+        "model_stock",
+    ]
     for row in METHODS.values():
         assert {parameter.name for parameter in row.parameters} <= KNOWN
 
@@ -436,3 +523,9 @@ def test_ties_all_keeps_nothing_at_density_zero() -> None:
     sweep = row.sweep(Settings(shared, models), Measured((Cut(math.inf, 0), Cut(0.5, 7))))
     assert sweep.keep is Keep.ABOVE
     assert [(part.magnitude, part.ties_end) for part in sweep.parts] == [(math.inf, 0), (0.5, EVERY)]
+
+
+def test_the_page_of_the_methods_is_that_of_the_table() -> None:
+    root = Path(__file__).parents[1] / "docs"
+    written = subprocess.run([sys.executable, root / "methods.py"], capture_output=True, text=True, check=True).stdout
+    assert (root / "methods.md").read_text() == written, "write it anew: python docs/methods.py > docs/methods.md"

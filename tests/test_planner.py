@@ -926,6 +926,7 @@ def test_the_plan_as_json() -> None:
         ],
         "base": {"model": "base", "tensor": "model.embed_tokens.weight"},
         "passes": 2,
+        "fused": True,
         "method": "ties",
         "parameters": {
             "lambda": 1.0,

@@ -59,11 +59,63 @@ base_model: base
 models: [model: one, model: two]
 parameters: {weight: 0.5, density: [0.4, 0.8]}
 """,
+    "breadcrumbs": """
+merge_method: breadcrumbs
+base_model: base
+models: [model: one, model: two]
+parameters: {weight: 0.5, density: 0.8, gamma: 0.02}
+""",
+    "breadcrumbs_ties": """
+merge_method: breadcrumbs_ties
+base_model: base
+models: [model: one, model: two]
+parameters: {weight: 0.5, density: 0.4, rescale: true}
+""",
+    "della": """
+merge_method: della
+base_model: base
+models: [model: one, model: two]
+parameters: {weight: 0.5, density: 0.6, epsilon: 0.2}
+""",
+    "della_linear": """
+merge_method: della_linear
+base_model: base
+models: [model: one, model: two]
+parameters: {weight: 0.5, density: 0.6}
+""",
+    "sce": "merge_method: sce\nbase_model: base\nmodels: [model: one, model: two]\nparameters: {select_topk: 0.5}\n",
+    "ram": "merge_method: ram\nbase_model: base\nmodels: [model: one, model: two]\nparameters: {epsilon: 0.001}\n",
+    "ramplus_tl": """
+merge_method: ramplus_tl
+base_model: base
+models: [model: one, model: two]
+parameters: {epsilon: 0.001}
+""",
+    "nearswap": "merge_method: nearswap\nbase_model: one\nmodels: [model: two]\nparameters: {t: 0.002}\n",
+    "arcee_fusion": "merge_method: arcee_fusion\nbase_model: one\nmodels: [model: two]\n",
     "slerp": """
 merge_method: slerp
 base_model: one
 models: [model: one, model: two]
 parameters: {t: [{filter: attention, value: [0, 1]}, {value: 0.5}]}
+""",
+    "nuslerp": """
+merge_method: nuslerp
+base_model: base
+models: [model: one, model: two]
+parameters: {weight: 0.5, nuslerp_flatten: false}
+""",
+    "multislerp": """
+merge_method: multislerp
+models: [model: base, model: one, model: two]
+parameters: {weight: [0.3, 0.7]}
+""",
+    "karcher": "merge_method: karcher\nmodels: [model: base, model: one, model: two]\n",
+    "model_stock": """
+merge_method: model_stock
+base_model: base
+models: [model: one, model: two]
+parameters: {filter_wise: [{filter: attention, value: true}]}
 """,
     "passthrough": "merge_method: passthrough\nmodels: [model: two]\n",
 }

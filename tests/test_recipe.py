@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastmerge.errors import FastmergeWarning, RecipeError
 from fastmerge.methods import KNOWN, METHODS, Parameter
 from fastmerge.parameters import Condition, Setting
-from fastmerge.recipe import Document, Recipe
+from fastmerge.recipe import Document, Model, Recipe, Repository
 
 
 @pytest.fixture(autouse=True)
@@ -451,7 +451,6 @@ slices:
             ":1: merge_method",
             "unknown merge_method 'tise'; did you mean 'ties'?",
         ),
-        ("merge_method: della\nmodels: [model: a]", ":1: merge_method", "method of mergekit that is not supported yet"),
         ("merge_method: linear\nmodels: [{parameters: {}}]", ":2: models[0]", "model is missing"),
         ("merge_method: linear", ":1", "exactly one of models, slices and modules must be there, not none"),
         ("merge_method: linear\nmodels: []", ":1", "not none"),
@@ -604,9 +603,12 @@ def test_what_comes_later_is_refused_by_name(line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("meta-llama/Llama-3-8B", "hub ids are not supported yet: download the model to a folder"),
-        ("gpt2", "hub ids are not supported yet"),
-        ("a@main", "hub revisions are not supported yet"),
+        ("a/b/c", "there is no file or folder 'a/b/c'"),
+        ("org/a..b", "there is no file or folder 'org/a..b'"),
+        ("org/a.", "there is no file or folder 'org/a.'"),
+        ("org/a@../b", "there is no file or folder 'org/a@../b'"),
+        ("org/a@b@c", "there is no file or folder 'org/a@b@c'"),
+        ("org/a+org/b", "LoRA adapters (base+adapter) are not supported yet; fuse it first"),
         ("a+adapter", "LoRA adapters (base+adapter) are not supported yet; fuse it first"),
         ("/nowhere/to/be/found", "there is no file or folder '/nowhere/to/be/found'"),
         ("./nowhere", "there is no file or folder './nowhere'"),
@@ -622,12 +624,34 @@ def test_models_that_are_not_there(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "id", "revision"),
+    [
+        ("meta-llama/Llama-3.1_8B", "meta-llama/Llama-3.1_8B", None),
+        ("gpt2", "gpt2", None),
+        ("org/a@main", "org/a", "main"),
+        ("org/a@refs/pr/1", "org/a", "refs/pr/1"),
+        ("org/a@fix--it", "org/a", "fix--it"),
+    ],
+)
+def test_what_is_no_folder_is_a_model_on_the_hub(name: str, id: str, revision: str | None) -> None:
+    (model,) = document(f"merge_method: linear\nmodels:\n  - model: {name}\n    parameters: {{weight: 1}}\n").models
+    assert model == Model(name, None, Repository(id, revision, ""))
+    assert model.repository is not None
+    assert model.repository.place == "recipe.yml:3: models[0].model"
+
+
+def test_one_repository_named_twice_is_one_model() -> None:
+    text = "merge_method: ties\nbase_model: org/a\nmodels: [model: org/a, model: org/b]\nparameters: {weight: 1}\n"
+    assert [model.name for model in document(text).models] == ["org/a", "org/b"]
+
+
+@pytest.mark.parametrize(
     ("model", "remedy"),
     [
         ("{path: a}", "write 'a' in its place"),
         ("{model: a}", "write 'a' in its place"),
         ("{model: {path: a, revision: null}, lora: null}", "write 'a' in its place"),
-        ("{model: {path: org/a, revision: main}}", "revision is not supported yet, download it to a folder and write"),
+        ("{model: {path: org/a, revision: main}}", "write 'org/a@main' in its place"),
         ("{model: {path: a}, lora: {path: b}}", "lora is not supported yet, fuse it first and write that folder"),
         ("{}", "write the folder of the model"),
     ],

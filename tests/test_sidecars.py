@@ -45,6 +45,7 @@ def beside(folder: Path, changes: dict[str, Any] | None = None, **facts: Any) ->
         "paper": "TIES-merging, arXiv:2306.01708",
         "models": ["org/math", "./code"],
         "base": "org/base",
+        "commits": {"org/base": "b" * 40, "org/math": "c" * 40},
         "command": "fastmerge merge recipe.yml out --seed 7",
         "version": "1.2.3",
         "title": "out",
@@ -183,7 +184,7 @@ def test_the_card_says_what_was_merged_and_how(folder: Path) -> None:
     card = beside(folder)["README.md"].decode()
     assert "\n# out\n" in card
     assert "fastmerge 1.2.3 by `ties` (TIES-merging, arXiv:2306.01708)" in card
-    assert "- `org/base` (base)\n- `org/math`\n- `./code`\n" in card
+    assert f"- `org/base` (base), commit `{'b' * 40}`\n- `org/math`, commit `{'c' * 40}`\n- `./code`\n" in card
     assert f"```yaml\n{RECIPE}```\n" in card
     assert "```sh\nfastmerge merge recipe.yml out --seed 7\n```\n" in card
 
@@ -202,11 +203,17 @@ def test_a_base_among_the_models_is_listed_once(folder: Path) -> None:
     assert card.decode().count("- `org/base`") == 1
 
 
-def test_folders_are_not_taken_for_hub_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    (folder / "models" / "math").mkdir(parents=True)
-    names = ["models/math", "/data/math", "../math", "a/b/c", "math", "org/base+org/lora"]
-    assert "base_model" not in front_matter(beside(folder, models=names, base=None)["README.md"])
+def test_only_what_came_from_the_hub_is_named_to_it(folder: Path) -> None:
+    names, commits = ["models/math", "org/math@v1", "gpt2", "math"], {"org/math@v1": "c" * 40, "gpt2": "d" * 40}
+    card = beside(folder, models=names, base=None, commits=commits)["README.md"]
+    assert front_matter(card)["base_model"] == ["org/math", "gpt2"]
+    assert "base_model" not in front_matter(beside(folder, models=names, base=None, commits={})["README.md"])
+
+
+def test_models_of_earlier_stages_are_named_too(folder: Path) -> None:
+    card = beside(folder, models=["first"], base=None, commits={"org/math": "c" * 40})["README.md"]
+    assert front_matter(card)["base_model"] == ["org/math"]
+    assert f"- `first`\n- `org/math`, commit `{'c' * 40}`\n" in card.decode()
 
 
 def test_a_method_without_a_paper_cites_none(folder: Path) -> None:

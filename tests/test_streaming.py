@@ -315,6 +315,25 @@ def test_a_merge_through_a_gpu_has_the_bytes_of_the_cpu(
     assert (tiles > 10) is (gpu_memory is not None)
 
 
+@pytest.mark.parametrize("gpu_memory", [None, TINY_MEMORY], ids=["whole", "tiles"])
+def test_rows_that_are_tensors_of_their_own_have_the_bytes_of_the_cpu(gpu_memory: int | None, put: Put) -> None:
+    """A tile is of whole rows, measured where they are swept; NaN is told with its index in the whole tensor."""
+    put(EmulatedCuda())
+    shapes = {"wide": (403, 200), "narrow": (17, 24), "scalar": (), "empty": (0, 3)}
+    models = family(torch.bfloat16, shapes)
+    for name, tensors in models.items():
+        save(name, tensors)
+    text = f"merge_method: model_stock\n{BASED}parameters: {{filter_wise: true}}\n"
+    expected = raw(merged(text, backend="cpu"))
+    report = through_gpu(text, gpu_memory=gpu_memory)
+    assert raw(test_engine.load("gpu")) == expected
+    assert report.worked == {"cuda": ("gram", "merge")}
+    models["b"]["wide"][[300, 400], 5] = torch.nan
+    save("broken", models["b"])
+    with pytest.raises(NonFiniteError, match="'wide' holds 2 NaN or Inf, the first at index 60,005"):
+        through_gpu(text.replace(", model: b", ", model: broken"), "nan", gpu_memory=gpu_memory)
+
+
 @pytest.mark.parametrize("kind", [FakeRankedCuda, EmulatedCuda], ids=["fake", "emulated"])
 def test_cuts_are_selected_in_one_call_where_nothing_else_is_wanted(
     kind: type[FakeRankedCuda | EmulatedCuda], put: Put
@@ -853,6 +872,26 @@ def test_a_gpu_that_takes_over_midway_changes_no_byte(recipe: str, put: Put, mon
     assert gpu.calls
     assert report.gpu_considered
     assert report.choice.startswith("cuda: ")
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("first", ["linear", "ram"], ids=["gpu-first", "alone"])
+def test_what_is_no_sweep_never_sees_a_gpu(first: str, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a GPU woken for it, whatever it takes the CPU."""
+    gpu = put(FakeCuda())
+    save_family()
+    text = RECIPES["linear"].replace("merge_method", "name: soup\nmerge_method")
+    text += "---\nmerge_method: sce\nbase_model: base\nmodels: [model: soup, model: c]\n"
+    if first != "linear":
+        text = f"merge_method: {first}\n{BASED}"
+    expected = raw(merged(text))
+    monkeypatch.setattr(choice, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(choice, "faster", lambda left, cpu, bus: "gpu")
+    monkeypatch.setattr("fastmerge.engine.BATCH_BYTES", 100_000)
+    report = fastmerge.merge(Recipe.parse(text), "mixed")
+    assert raw(test_engine.load("mixed")) == expected
+    assert report.worked["torch"] == ("merge",)
+    assert report.gpu_considered is bool(gpu.calls) is (first == "linear")
 
 
 # --- Triton ---

@@ -1,12 +1,16 @@
 """Checkpoints as bytes: safetensors headers, models read through mappings, outputs written in place."""
 
 from .header import DTYPE_BITS, Header, TensorInfo, encode_header, read_header
-from .reader import Checkpoint, open_checkpoint, same_bytes
-from .sidecars import sidecars
+from .reader import INDEX, SINGLE, Checkpoint, no_model, open_checkpoint, same_bytes, shards_named
+from .sidecars import CONFIG, COPIED, sidecars
 from .writer import STAGES, Descriptor, Layout, Shard, Writer, lay_out
 
 __all__ = [
+    "CONFIG",
+    "COPIED",
     "DTYPE_BITS",
+    "INDEX",
+    "SINGLE",
     "STAGES",
     "Checkpoint",
     "Descriptor",
@@ -17,8 +21,10 @@ __all__ = [
     "Writer",
     "encode_header",
     "lay_out",
+    "no_model",
     "open_checkpoint",
     "read_header",
     "same_bytes",
+    "shards_named",
     "sidecars",
 ]

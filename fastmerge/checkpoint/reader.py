@@ -40,14 +40,18 @@ _PIECE = 1 << 20  # bytes compared at a time
 class Checkpoint:
     """A model's weights as they lie on disk; made by `open_checkpoint`.
 
-    `name` is the path as the user wrote it; `path` is it as a Path, and `folder` where config.json and its like are.
-    `tensors` maps each name to its dtype, shape and place, in the order of `files` and of the bytes in them.
+    `name` is what the user calls it, `path` where it lies, and `folder` where config.json and its like are; `commit`
+    says which version of it a repository gave. `tensors` maps each name to its dtype, shape and place, in the order of
+    `files` and of the bytes in them.
     """
 
-    def __init__(self, name: str, path: Path, folder: Path, shards: Mapping[Path, _Shard]) -> None:
+    def __init__(
+        self, name: str, path: Path, folder: Path, shards: Mapping[Path, _Shard], commit: str | None = None
+    ) -> None:
         self.name = name
         self.path = path
         self.folder = folder
+        self.commit = commit
         self.config: dict[str, Any] = _config(folder)
         self.files = tuple(shards)
         self.tensors: Mapping[str, TensorInfo] = {
@@ -101,18 +105,19 @@ class Checkpoint:
             return _Mapped(file, opened.fileno(), now.size)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, name: str | None = None, commit: str | None = None) -> Checkpoint:
     """Opens a model: a folder with model.safetensors, or with its index and shards, or one .safetensors file.
 
-    Reads headers, index and config.json. Raises CheckpointError for what is not a sound model, and warns with
-    FastmergeWarning about what is odd but defined: an index is taken before a single file, and names what counts.
+    `name` is by default the path, as it is given. Reads headers, index and config.json. Raises CheckpointError for what
+    is not a sound model, and warns with FastmergeWarning about what is odd but defined: an index is taken before a
+    single file, and names what counts.
     """
-    name, path = str(path), Path(path)
+    name, path = name or str(path), Path(path)
     if os.path.isdir(path):
-        return Checkpoint(name, path, path, _shards(path))
+        return Checkpoint(name, path, path, _shards(path), commit)
     if path.suffix in _PICKLES:
         raise CheckpointError(f"{path} is a PyTorch checkpoint: {CONVERT}")
-    return Checkpoint(name, path, path.parent, {path: _open(path)})
+    return Checkpoint(name, path, path.parent, {path: _open(path)}, commit)
 
 
 def same_bytes(one: Checkpoint, tensor: str, two: Checkpoint, other: str, *, start_only: bool = False) -> bool:
@@ -144,7 +149,7 @@ def _shards(folder: Path) -> dict[Path, _Shard]:
     single, index = folder / SINGLE, folder / INDEX
     if not os.path.lexists(index):
         if not os.path.lexists(single):
-            raise CheckpointError(_no_model(folder))
+            raise CheckpointError(no_model(folder, names_in(folder)))
         return {single: _open(single)}
     weight_map, total_size = _index(index)
     names = sorted(set(weight_map.values()))
@@ -173,14 +178,18 @@ def _open(file: Path) -> _Shard:
     return _Shard(header.tensors, stamp, header)
 
 
-def _no_model(folder: Path) -> str:
-    """Why a folder without weights of a known name is refused, with the remedy."""
-    names = names_in(folder)
+def no_model(where: str | Path, names: Sequence[str]) -> str:
+    """Why what holds files of these names, but no weights of a known name, is refused, with the remedy."""
     if found := [name for name in names if name.endswith(".safetensors")]:
-        return f"{folder} has no {SINGLE} and no {INDEX}; name one of its files instead: {_listed(found)}"
+        return f"{where} has no {SINGLE} and no {INDEX}; name one of its files instead: {_listed(found)}"
     if found := [name for name in names if name.endswith(_PICKLES)]:
-        return f"{folder} holds PyTorch files only ({_listed(found)}): {CONVERT}"
-    return f"{folder} holds no model: neither {SINGLE} nor {INDEX}; name the folder that does"
+        return f"{where} holds PyTorch files only ({_listed(found)}): {CONVERT}"
+    return f"{where} holds no model: neither {SINGLE} nor {INDEX}; name the folder that does"
+
+
+def shards_named(index: Path) -> list[str]:
+    """The files that an index names, sorted."""
+    return sorted(set(_index(index)[0].values()))
 
 
 def _index(index: Path) -> tuple[dict[str, str], object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,19 +14,13 @@ from ..errors import FastmergeWarning
 from .header import looks_like, open_regular
 from .reader import Checkpoint, names_in
 
-#: What is copied from the donor as it is: all that transformers' AutoTokenizer, AutoProcessor and generate() look for.
-COPIED = (
-    "generation_config.json",
+_TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "audio_tokenizer_config.json",
     "vocab*.json",
     "vocab.txt",
     "vocab.bpe",
@@ -51,11 +44,18 @@ COPIED = (
     "*.tiktoken",
     "prophetnet.tokenizer",
 )
+_OTHERS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+#: What is copied from the donor as it is: all that transformers' AutoTokenizer, AutoProcessor and generate() look for.
+COPIED = (*_TOKENIZER, *_OTHERS)
 CONFIG = "config.json"
 CARD = "README.md"
 RECIPE = "mergekit_config.yml"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def sidecars(
@@ -67,29 +67,38 @@ def sidecars(
     paper: str,
     models: Sequence[str],
     base: str | None,
+    commits: Mapping[str, str],
     command: str,
     version: str,
     title: str,
+    copy_tokenizer: bool = True,
+    write_model_card: bool = True,
 ) -> dict[str, bytes]:
     """The files beside the weights, by name.
 
     The donor gives its config.json, in which only `config_changes` differ, and its tokenizer, processor and generation
-    files. Python files of a model are neither run nor copied; a FastmergeWarning names them.
+    files. Python files of a model are neither run nor copied; a FastmergeWarning names them. `commits` are those of the
+    models that came from the hub, by the name that the recipe gives them.
     """
-    files = _copied(donor.folder)
+    files = _copied(donor.folder, COPIED if copy_tokenizer else _OTHERS)
     if donor.config:
         files[CONFIG] = _text(json.dumps({**donor.config, **config_changes}, indent=2))
-    files[CARD] = _text(_card(recipe_text, method, paper, models, base, command, version, title))
-    files[RECIPE] = recipe_text.encode()
+    if write_model_card:
+        files[CARD] = _text(_card(recipe_text, method, paper, models, base, commits, command, version, title))
+        files[RECIPE] = recipe_text.encode()
     return files
 
 
 def is_sidecar(name: str) -> bool:
     """Whether a file of this name is one that `sidecars` may give."""
-    return name in (CONFIG, CARD, RECIPE) or any(fnmatchcase(name, pattern) for pattern in COPIED)
+    return name in (CONFIG, CARD, RECIPE) or _is_one_of(name, COPIED)
 
 
-def _copied(folder: Path) -> dict[str, bytes]:
+def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _copied(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
     names = [name for name in names_in(folder) if (folder / name).is_file()]
     if code := [name for name in names if name.endswith(".py")]:
         _warn(
@@ -98,7 +107,7 @@ def _copied(folder: Path) -> dict[str, bytes]:
         )
     files = {}
     for name in names:
-        if name not in (CONFIG, CARD, RECIPE) and is_sidecar(name):
+        if _is_one_of(name, patterns):
             with open_regular(folder / name) as file:
                 files[name] = file.readall()
             if damage := looks_like(files[name][:512]):
@@ -112,14 +121,18 @@ def _card(
     paper: str,
     models: Sequence[str],
     base: str | None,
+    commits: Mapping[str, str],
     command: str,
     version: str,
     title: str,
 ) -> str:
     """The model card: what the hub reads (front matter), then what people do."""
-    every = list(dict.fromkeys((*((base,) if base else ()), *models)))
-    parents = [f"- {name}" for name in every if _HUB_ID.fullmatch(name) and not os.path.exists(name)]
-    listed = [f"- `{name}`{' (base)' if name == base else ''}" for name in every]
+    every = list(dict.fromkeys((*((base,) if base else ()), *models, *commits)))
+    parents = list(dict.fromkeys(f"- {name.partition('@')[0]}" for name in every if name in commits))
+    listed = [
+        f"- `{name}`{' (base)' if name == base else ''}{f', commit `{commits[name]}`' if name in commits else ''}"
+        for name in every
+    ]
     matter = ["---", "library_name: transformers", "tags:", "- fastmerge", "- merge"]
     matter += ["base_model:", *parents] if parents else []
     cited = f" ({paper})" if paper.strip("- ") else ""

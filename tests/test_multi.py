@@ -1,0 +1,148 @@
+"""`fastmerge multi`: the documents of a recipe as merges whose models are kept, by mergekit-multi's arguments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import save_file
+
+from fastmerge import cli
+
+STAGED = """\
+name: first
+merge_method: slerp
+base_model: a
+models: [model: b]
+parameters: {t: 0.25}
+dtype: bfloat16
+---
+merge_method: dare_ties
+base_model: c
+models: [{model: first, parameters: {weight: 0.5}}, {model: second, parameters: {weight: 1}}]
+parameters: {density: 0.5}
+---
+name: second
+merge_method: linear
+models: [{model: first, parameters: {weight: 1}}, {model: b, parameters: {weight: 3}}]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three small models, and a recipe in which the result needs `first` and `second`, and `second` needs `first`."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        Path(name).mkdir()
+        tensors = {f"layers.{n}.w": rng.standard_normal((8, 16)).astype(np.float32) for n in range(4)}
+        save_file(tensors, Path(name, "model.safetensors"))
+        for file in ("config.json", "tokenizer.json"):
+            Path(name, file).write_text('{"model_type": "llama"}')
+    Path("staged.yml").write_text(STAGED)
+
+
+def run(*arguments: str) -> Result:
+    """The command; an exception that is no exit fails the test."""
+    result = CliRunner().invoke(cli.main, arguments, catch_exceptions=False, prog_name="fastmerge")
+    assert isinstance(result, Result)
+    return result
+
+
+def files(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "README.md"}
+
+
+@pytest.fixture
+def merged() -> dict[str, bytes]:
+    """What `fastmerge merge` makes of the recipe, but for the card."""
+    assert run("merge", "staged.yml", "merged").exit_code == 0
+    return files("merged")
+
+
+def test_only_the_result_is_kept(merged: dict[str, bytes]) -> None:
+    ended = run("multi", "staged.yml", "--out-path", "out")
+    assert (ended.exit_code, ended.stdout.count("\n"), ended.stderr) == (0, 1, "")
+    assert files("out") == merged
+    assert sorted(os.listdir()) == ["a", "b", "c", "merged", "out", "staged.yml"]
+
+
+@pytest.mark.parametrize("option", ["-I", "--intermediate-dir"])
+def test_the_models_between_are_kept_where_asked(option: str, merged: dict[str, bytes]) -> None:
+    ended = run("multi", "staged.yml", "--out-path", "out", option, "between", "--out-shard-size", "5B")
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert [line.partition(":")[0] for line in ended.stdout.splitlines()] == ["between/first", "between/second", "out"]
+    assert files("out") == merged
+    assert set(files("between/first")) == set(merged)
+    first, *_ = STAGED.split("---\n")
+    Path("first.yml").write_text(first.replace("name: first\n", ""))
+    assert run("merge", "first.yml", "first").exit_code == 0
+    assert files("between/first")["model.safetensors"] == files("first")["model.safetensors"]
+
+
+def test_a_model_that_is_there_is_left_as_it_is_and_named() -> None:
+    command = ("multi", "staged.yml", "--out-path", "out", "-I", "between")
+    assert run(*command).exit_code == 0
+    before = files("between/second")
+    Path("staged.yml").write_text(STAGED.replace("weight: 3", "weight: 4").replace("0.25", "0.5"))
+    for folder in ("between/first", "out"):
+        Path(folder, "model.safetensors").unlink()
+    ended = run(*command)
+    lines = ended.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["between/first", "between/second", "out"]
+    assert lines[1] == "between/second: there already; --no-lazy merges it again"
+    assert files("between/second") == before
+    again = run(*command, "--quiet")
+    assert (again.exit_code, again.output) == (0, "")
+
+
+def test_no_lazy_merges_all_of_it_again() -> None:
+    command = ("multi", "staged.yml", "--out-path", "out", "-I", "between", "--no-lazy")
+    assert run(*command).exit_code == 0
+    folders = ("between/first", "between/second", "out")
+    before = [files(folder)["model.safetensors"] for folder in folders]
+    Path("staged.yml").write_text(STAGED.replace("0.25", "0.75"))
+    assert run(*command).exit_code == 0
+    assert run("merge", "staged.yml", "merged").exit_code == 0
+    after = [files(folder)["model.safetensors"] for folder in folders]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert after[-1] == files("merged")["model.safetensors"]
+
+
+def test_what_does_not_fit_later_is_found_before_anything_is_merged() -> None:
+    save_file({"layers.0.w": np.ones((3, 3), np.float32)}, Path("c/model.safetensors"))
+    ended = run("multi", "staged.yml", "--out-path", "out", "-I", "between")
+    assert ended.exit_code == 2
+    assert "the models do not fit one another" in ended.stderr
+    assert not Path("between").exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "/tmp", "up/down", "a\\tb"])
+def test_a_name_that_is_none_of_a_folder_is_refused(name: str) -> None:
+    Path("staged.yml").write_text(STAGED.replace("first", f'"{name}"'))
+    ended = run("multi", "staged.yml", "--out-path", "out", "-I", "between")
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("error: staged.yml:1: no folder can have the name ")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--out-path", "out", "-I", "kept"], ["--out-path", "b", "-I", "between"]])
+def test_no_input_is_replaced(arguments: list[str]) -> None:
+    Path("kept").mkdir()
+    Path("b").rename("kept/second")
+    Path("b").symlink_to("kept/second")
+    before = files("kept/second")
+    ended = run("multi", "staged.yml", "--no-lazy", *arguments)
+    assert ended.exit_code == 2
+    assert "is an input: choose another" in ended.stderr
+    assert files("kept/second") == before
+    assert sorted(os.listdir()) == ["a", "b", "c", "kept", "staged.yml"]
+
+
+def test_the_result_needs_a_place() -> None:
+    ended = run("multi", "staged.yml")
+    assert ended.exit_code == 2
+    assert "Missing option '--out-path'" in ended.stderr
