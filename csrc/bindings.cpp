@@ -26,13 +26,18 @@ const T* at(const Records<T>& records, size_t index) {
   return records.data() + index;
 }
 
+// Random bits are drawn for a chunk at a time, whose counters have their upper words in common.
+constexpr int64_t LONGEST_IN_PARTS = int64_t{1} << 35;
+
 std::vector<Tensor> tensors_of(const Records<Row>& rows, const Records<View>& views) {
   std::vector<Tensor> tensors;
   size_t view = 0;
   for (py::ssize_t i = 0; i < rows.size(); ++i) {
     const Row& row = *at(rows, static_cast<size_t>(i));
-    if (row.begin != 0) throw std::invalid_argument("the CPU core takes whole tensors");
-    tensors.push_back({at(views, view), row.elements, row.models, row.inputs});
+    if (row.begin % 8 != 0 || (row.begin > 0 && row.begin + row.elements > LONGEST_IN_PARTS)) {
+      throw std::invalid_argument("a part of a tensor begins at a multiple of 8, below 2^35");
+    }
+    tensors.push_back({at(views, view), row.elements, row.models, row.inputs, row.begin});
     view += static_cast<size_t>(row.inputs);
   }
   if (view != static_cast<size_t>(views.size())) throw std::invalid_argument("views do not match the tensors");
@@ -134,6 +139,9 @@ py::tuple py_merge_ranked(const Records<Row>& rows, const Records<View>& views, 
                           const Records<Part>& parts, const Records<int64_t>& ranks, const Records<Target>& targets,
                           const std::string& isa, int threads, int64_t tile, const py::object& tick) {
   Merges merges(rows, views, sweeps, parts, targets);
+  for (const Merge& each : merges.all) {
+    if (each.tensor.begin != 0) throw std::invalid_argument("what is selected from is a whole tensor");
+  }
   Cuts cuts(ranks, merges.all.size(), [&](size_t t) { return merges.all[t].tensor.models; });
   const Crew crew = crew_of(isa, threads, tile, tick);
   {

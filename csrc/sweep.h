@@ -16,7 +16,7 @@ enum class Mean : uint8_t { SUM = 0, WEIGHTS = 1, COUNT = 2, CONTRIBUTORS = 3 };
 // A tensor; its views, parts, sweeps and targets follow one another in the other arrays.
 struct Row {
   int64_t elements;
-  int64_t begin;  // flat index of the first element; not 0 only for a part of a tensor on a GPU
+  int64_t begin;  // flat index of the first element; not 0, a multiple of 8, for a part of a tensor
   int32_t models;
   int32_t inputs;
   int32_t settings;
@@ -66,6 +66,7 @@ struct Tensor {
   int64_t elements;
   int32_t models;
   int32_t inputs;  // models, plus one where there is a base
+  int64_t begin;   // flat index of the first element
 };
 
 namespace {  // internal linkage, see dtype.h

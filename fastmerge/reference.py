@@ -253,7 +253,8 @@ def _norms(inputs: Inputs, sweep: Sweep, run: Run) -> NDArray[np.float64]:
     for begin, models, base in _tiles(inputs, _TILE, run, _arithmetic(inputs.views)):
         for model, part, stages in zip(models, sweep.parts, found, strict=True):
             before = delta(model, base)
-            for norm, values in zip(stages, (before, keep(before, sweep.keep, part, begin)), strict=True):
+            kept = keep(before, sweep.keep, part, inputs.begin + begin)
+            for norm, values in zip(stages, (before, kept), strict=True):
                 magnitudes = _finite(values).abs().to(torch.float64)
                 norm[0] += float(magnitudes.sum())
                 norm[1] += float((magnitudes * magnitudes).sum())
@@ -344,10 +345,10 @@ def _written(inputs: Inputs, functions: Sequence[Callable[..., Tensor]], targets
         for i, values in enumerate(models if base is None else [*models, base]):
             places = (~values.isfinite()).nonzero()
             if len(places) and first[i] < 0:
-                first[i] = begin + int(places[0])
+                first[i] = inputs.begin + begin + int(places[0])
             nonfinite[i] += len(places)
         for k, (function, target) in enumerate(zip(functions, targets, strict=True)):
-            merged = function(models, base, begin=begin)
+            merged = function(models, base, begin=inputs.begin + begin)
             output = narrow(merged, _DTYPES[target.dtype])
             overflow[k] += int((merged.isfinite() & output.isinf()).sum())
             _store(output, target, begin)

@@ -108,7 +108,7 @@ class View(NamedTuple):
 class Inputs(NamedTuple):
     """What a sweep reads: `elements` of each model, and of the base where deltas are taken.
 
-    On a GPU it may be a part of a tensor, whose flat indices go on from `begin`, a multiple of 8.
+    It may be a part of a tensor, whose flat indices go on from `begin`, a multiple of 8.
     """
 
     elements: int

@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import oracles
 import pytest
+import torch
 from conftest import Memory, Tensors, bits, compiled_core, decode, encode, merge
 
 from fastmerge import reference
@@ -366,6 +367,31 @@ def test_found_names_what_is_not_finite(provider: ModuleType) -> None:
         tensors = Tensors([(model, "BF16"), (other, "F32")], (base, "F16"), skew)
         _, found = merge(provider, tensors, [Sweep((Part(), Part()))], ["F32"], run)
         assert found == Found((3, 0, 2), (70_001, -1, 5), (0,))
+
+
+@pytest.mark.parametrize("at", [8, 2048, 131_080, 2**33 + 2**20 + 8], ids=["line", "chunk", "tile", "beyond-32-bits"])
+@pytest.mark.parametrize("keep", [Keep.ABOVE, Keep.BERNOULLI])
+def test_a_part_of_a_tensor_is_swept_at_its_place(provider: ModuleType, keep: Keep, at: int) -> None:
+    """Random bits, the end of ties, and what is found count from the start of the whole tensor."""
+    rng = np.random.default_rng(12)
+    models = [(values_of("equal", 5000, rng), "BF16") for _ in range(2)]
+    models[1][0][4321] = np.inf
+    parts = (
+        Part(magnitude=0.5, ties_end=at + 2051, cut=2**31 + 12_345, key=0xFEDCBA9876543210),
+        Part(cut=2**30, key=7),
+    )
+    sweep, output, tensors = Sweep(parts, keep), Memory(4 * 5000), Tensors(models)
+    targets = [Target("F32", output.address)]
+    (found,) = provider.merge([tensors.inputs._replace(begin=at)], [[sweep]], [targets], Run(2, 2048))
+    wanted = reference.sweep_tile([torch.from_numpy(model) for model, _ in models], None, sweep, at)
+    np.testing.assert_array_equal(decode(output.bytes, "F32"), wanted.numpy())
+    assert found == Found((0, 1), (-1, at + 4321), (0,))
+    (norms,) = provider.norms([tensors.inputs._replace(begin=at)], [sweep], Run())
+    kept = [
+        reference.keep(torch.from_numpy(model), keep, part, at) for (model, _), part in zip(models, parts, strict=True)
+    ]
+    l1 = [float(each[each.isfinite()].abs().double().sum()) for each in kept]
+    np.testing.assert_allclose(norms[:, 1, 0], l1, rtol=1e-12)
 
 
 def test_found_counts_what_overflows_each_output(provider: ModuleType) -> None:

@@ -412,13 +412,13 @@ uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int6
     if (worst < INFINITE) return worst;
   }
   if (sweep.keep == static_cast<uint8_t>(Keep::ABOVE)) {
-    each_threshold(dtype, parts, tensor.models, begin, count, scratch.thresholds, [&](int from, int to) {
+    each_threshold(dtype, parts, tensor.models, tensor.begin + begin, count, scratch.thresholds, [&](int from, int to) {
       const uint32_t here = run(call, from, to);
       worst = here > worst ? here : worst;
     });
   } else {
     for (int model = 0; sweep.keep == static_cast<uint8_t>(Keep::BERNOULLI) && model < tensor.models; ++model) {
-      draw(parts[model], begin, count, scratch.kept + model * (CHUNK / 8));
+      draw(parts[model], tensor.begin + begin, count, scratch.kept + model * (CHUNK / 8));
     }
     worst = run(call, 0, padded(count));
   }
@@ -610,14 +610,15 @@ void norms(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t 
     float* values = scratch.wide + model * CHUNK;
     add_norms(values, count, sums + model * 6);
     if (sweep.keep == static_cast<uint8_t>(Keep::ABOVE)) {
-      each_threshold<DType::F32>(parts + model, 1, begin, count, scratch.thresholds, [&](int from, int to) {
-        for (int at = from; at < to; at += L::width) {
-          const F delta = L::load(values + at);
-          L::store(values + at, L::where(L::at_least(L::magnitude(delta), L::load(scratch.thresholds)), delta));
-        }
-      });
+      each_threshold<DType::F32>(
+          parts + model, 1, tensor.begin + begin, count, scratch.thresholds, [&](int from, int to) {
+            for (int at = from; at < to; at += L::width) {
+              const F delta = L::load(values + at);
+              L::store(values + at, L::where(L::at_least(L::magnitude(delta), L::load(scratch.thresholds)), delta));
+            }
+          });
     } else if (sweep.keep == static_cast<uint8_t>(Keep::BERNOULLI)) {
-      draw(parts[model], begin, count, scratch.kept);
+      draw(parts[model], tensor.begin + begin, count, scratch.kept);
       for (int at = 0; at < padded(count); at += L::width) {
         L::store(values + at, L::where(L::mask_at(scratch.kept, at), L::load(values + at)));
       }

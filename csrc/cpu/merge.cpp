@@ -68,7 +68,7 @@ void look(const Merge& merge, int setting, bool inputs_too, int64_t begin, int c
     int64_t nonfinite = 0, first = -1;
     for (int64_t at = begin; at < begin + count; ++at) {
       if (finite(element(merge.tensor.views[input], at))) continue;
-      if (nonfinite++ == 0) first = at;
+      if (nonfinite++ == 0) first = merge.tensor.begin + at;
     }
     const std::lock_guard<std::mutex> lock(mutex);
     merge.nonfinite[input] += nonfinite;

@@ -308,7 +308,7 @@ int64_t end_of_ties(const Group& group, int model, const Kernels& kernels, const
     const Tile tile = tile_at(group, number);
     const Tensor& tensor = *tile.tensor;
     const View views[] = {tensor.views[model], tensor.views[tensor.inputs - 1]};
-    const Tensor alone = {views, tensor.elements, 1, 1 + tensor.inputs - tensor.models};
+    const Tensor alone = {views, tensor.elements, 1, 1 + tensor.inputs - tensor.models, 0};
     Scratch scratch(block, alone.inputs);
     for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
       const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));

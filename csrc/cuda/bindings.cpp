@@ -65,7 +65,7 @@ std::vector<Tensor> tensors_of(const Rows& rows, const Views& views) {
   size_t view = 0;
   for (py::ssize_t i = 0; i < rows.size(); ++i) {
     const Row& row = *at(rows, static_cast<size_t>(i));
-    tensors.push_back({at(views, view), row.elements, row.models, row.inputs});
+    tensors.push_back({at(views, view), row.elements, row.models, row.inputs, row.begin});
     view += static_cast<size_t>(row.inputs);
   }
   if (view != static_cast<size_t>(views.size())) throw std::invalid_argument("views do not match the tensors");
