@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 
-from .checkpoint import TensorInfo
+from .checkpoint import Checkpoint, TensorInfo, same_bytes
 from .configs import Described, stated
 from .errors import FastmergeWarning, MismatchError
-from .layers import is_embedding
+from .layers import is_embedding, is_head
 
 #: What can be merged, by what holds what.
 FLOATS = {"BF16": 1, "F16": 1, "F32": 2, "F64": 3}
@@ -16,7 +16,6 @@ FLOATS = {"BF16": 1, "F16": 1, "F32": 2, "F64": 3}
 BUFFERS = frozenset(("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"))
 
 _LISTED = 20
-_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 class Fit:
@@ -39,17 +38,29 @@ class Fit:
         return problem is None
 
     def left_out(self) -> frozenset[str]:
-        """Output heads that are left out: with every config tied, a loader takes the embeddings for the head."""
+        """Copies that are left out, such as output heads tied to the embeddings: a loader takes the original there."""
         flags = [stated(model.config, "tie_word_embeddings") for model in self.models]
-        heads = {name for model in self.models for name in model.tensors if name.endswith(_HEADS)}
+        names = dict.fromkeys(name for model in self.models for name in model.tensors)
         if True in flags and False in flags:
-            self.problems.extend(self._tied(name, flags.index(True), flags.index(False)) for name in sorted(heads))
+            heads = [name for name in names if is_head(name)]
+            self.problems.extend(self._tied(name, flags.index(True), flags.index(False)) for name in heads)
             return frozenset(heads)
-        if not all(flag is True for flag in flags):
+        if False in flags:
             return frozenset()
-        shapes = {info.shape for name, info in self.models[0].tensors.items() if is_embedding(name)}
-        held = {name: model.tensors[name].shape for name in heads for model in self.models if name in model.tensors}
-        return frozenset(name for name, shape in held.items() if shape in shapes)
+        held = [name for name in names if all(name in model.tensors for model in self.models)]
+        embeddings = [name for name in held if is_embedding(name)]
+        loose = names if all(flags) else names.keys() - held
+        return frozenset(name for name in loose if any(self._same(name, one) for one in _originals(name, embeddings)))
+
+    def _same(self, name: str, original: str) -> bool:
+        """Whether a tensor is another one in each model that has it; of what is stored nowhere yet, it is assumed."""
+        return all(
+            original in model.tensors
+            and model.tensors[name].shape == model.tensors[original].shape
+            and (type(model) is not Checkpoint or same_bytes(model, name, model, original))
+            for model in self.models
+            if name in model.tensors
+        )
 
     def check(self, place: str, merged: Collection[int]) -> None:
         """Raises `MismatchError` with the first problems, and with quantised weights among the models `merged`; warns
@@ -79,7 +90,7 @@ class Fit:
         ]
         if len(having) < len(infos):
             lacking = [model for model, info in zip(models, infos, strict=True) if info is None]
-            if name.endswith(_HEADS):
+            if is_head(name):
                 return self._tied(name, lacking[0], lead)
             if origin is None or infos[origin] is None:
                 return f"{name!r} is missing in {', '.join(map(self.name, lacking))}"
@@ -123,6 +134,15 @@ class Fit:
         return f"{self.name(model)} has names {how}"
 
 
+def _originals(name: str, embeddings: Iterable[str]) -> Iterable[str]:
+    """What a tensor may be a copy of: an output head of embeddings, those of a stack of what its stacks share."""
+    if is_head(name):
+        return embeddings
+    if name.endswith(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")):
+        return [one for one in embeddings if one.endswith("shared.weight")]
+    return [name.replace(".decoder.", ".")] if name.endswith(".decoder.bias") else []
+
+
 def common(infos: Iterable[TensorInfo]) -> str:
     """The dtype that holds all of some tensors that fit: what torch promotes to."""
     dtypes = {info.dtype for info in infos}
@@ -135,8 +155,8 @@ def common(infos: Iterable[TensorInfo]) -> str:
 def _why(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> str:
     if first[::-1] == second:
         return ": one is transposed"
-    if first[1:] == second[1:] and (name.endswith(_HEADS) or is_embedding(name)):
-        return ": their vocabularies differ, and tokenizer work is not supported yet"
+    if first[1:] == second[1:] and (is_head(name) or is_embedding(name)):
+        return ": their vocabularies differ; tokenizer_source: union in the recipe goes by token"
     return ""
 
 
