@@ -209,6 +209,28 @@ py::tuple py_threshold(const Records<Row>& rows, const Records<View>& views, con
   return py::make_tuple(cuts.magnitudes(), cuts.ends());
 }
 
+// weights[rows, width] + scaling * left[rows, rank] right[rank, width], whose right comes in blocks (see lowrank.h).
+void py_lowrank(uint64_t weights, int dtype, const Records<float>& left, const Records<float>& right, float scaling,
+                Records<float>& out, const std::string& isa, int threads) {
+  const py::ssize_t rows = out.shape(0), width = out.shape(1), rank = left.shape(1);
+  const py::ssize_t blocks = (width + LOWRANK_BLOCK - 1) / LOWRANK_BLOCK;
+  if (left.shape(0) != rows || right.size() != blocks * rank * LOWRANK_BLOCK) {
+    throw std::invalid_argument("left, right and out do not match");
+  }
+  const LowRank product = {reinterpret_cast<const char*>(weights),
+                           static_cast<DType>(dtype),
+                           static_cast<int>(rank),
+                           width,
+                           left.data(),
+                           right.data(),
+                           scaling,
+                           out.mutable_data()};
+  Crew crew = crew_of(isa, threads, 0, py::none());
+  crew.tick = nullptr;
+  const py::gil_scoped_release release;
+  lowrank(product, rows, crew);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -252,4 +274,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("gram", &py_gram);
   module.def("norms", &py_norms);
   module.def("threshold", &py_threshold);
+  module.attr("LOWRANK_BLOCK") = LOWRANK_BLOCK;
+  module.def("lowrank", &py_lowrank, py::arg(), py::arg(), py::arg().noconvert(), py::arg().noconvert(), py::arg(),
+             py::arg().noconvert(), py::arg(), py::arg());
 }

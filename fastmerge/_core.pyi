@@ -11,6 +11,7 @@ VIEW: np.dtype[np.void]
 SWEEP: np.dtype[np.void]
 PART: np.dtype[np.void]
 TARGET: np.dtype[np.void]
+LOWRANK_BLOCK: int
 
 class InputCut(Exception): ...  # noqa: N818 - as in csrc
 
@@ -55,3 +56,14 @@ def norms(
 def threshold(
     rows: _Records, views: _Records, ranks: NDArray[np.int64], isa: str, threads: int, tick: _Tick, /
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]: ...
+def lowrank(
+    weights: int,
+    dtype: int,
+    left: NDArray[np.float32],
+    right: NDArray[np.float32],
+    scaling: float,
+    out: NDArray[np.float32],
+    isa: str,
+    threads: int,
+    /,
+) -> None: ...

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from . import _core
 from .errors import CUT, BackendError, CheckpointError
 from .records import DTYPE_CODES, Records, cuts_of, flat, found_of, split
-from .sweep import Cut, Found, Inputs, Run, Sweep, Target
+from .sweep import Cut, Found, Inputs, Run, Sweep, Target, View
 
 name = "cpu"
 
@@ -149,6 +149,31 @@ def merge_ranked(
             tick and (lambda read: tick(2 * read)),
         )
     return cuts_of(magnitudes, ends, ranks), found_of(rows, *found)
+
+
+def lowrank(
+    weights: View,
+    left: NDArray[np.float32],
+    right: NDArray[np.float32],
+    scaling: float,
+    out: NDArray[np.float32],
+    threads: int,
+) -> None:
+    """Weights [rows, width] + scaling * left [rows, rank] right [rank, width], into `out`; `right` comes `in_blocks`.
+
+    In float32, the sum over the rank in its order. Raises CheckpointError: the mapped weights were cut meanwhile.
+    """
+    with _cut_inputs():
+        _core.lowrank(weights.address, DTYPE_CODES[weights.dtype], left, right, scaling, out, isa(), threads)
+
+
+def in_blocks(right: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A matrix [rank, width] as `lowrank` reads it: some columns after others, padded with zeros."""
+    rank, width = right.shape
+    blocks = -(-width // _core.LOWRANK_BLOCK)
+    padded = np.zeros((rank, blocks * _core.LOWRANK_BLOCK), np.float32)
+    padded[:, :width] = right
+    return np.ascontiguousarray(padded.reshape(rank, blocks, _core.LOWRANK_BLOCK).swapaxes(0, 1))
 
 
 @contextmanager

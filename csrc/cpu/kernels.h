@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../sweep.h"
+#include "lowrank.h"
 
 namespace fastmerge {
 
@@ -99,6 +100,9 @@ struct Kernels {
   void (*census)(const float* deltas, int count, Census&);
   void (*tally)(const float* deltas, int count, Tally&);
   Kth (*kth)(const uint32_t* magnitudes, int64_t count, int64_t k);
+
+  // Rows [begin, end) of the product.
+  void (*lowrank)(const LowRank&, int64_t begin, int64_t end);
 };
 
 // The instruction sets of this build, best first, and why one cannot run here (nullptr: it can).

@@ -694,9 +694,11 @@ Kth kth(const uint32_t* magnitudes, int64_t count, int64_t k) {
   return {found, above, not_below - above};
 }
 
+#include "lowrank.inl"
+
 }  // namespace
 
 extern const Kernels FASTMERGE_KERNELS;
-const Kernels FASTMERGE_KERNELS = {L::name, merge, deltas, gram, norms, census, tally, kth};
+const Kernels FASTMERGE_KERNELS = {L::name, merge, deltas, gram, norms, census, tally, kth, lowrank};
 
 }  // namespace fastmerge

@@ -49,4 +49,7 @@ void threshold(const std::vector<Group>& groups, const std::vector<const int64_t
 void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int64_t*>& ranks,
                   const std::vector<Cut*>& cuts, const Crew& crew);
 
+// Rows [0, rows) of the product.
+void lowrank(const LowRank& product, int64_t rows, const Crew& crew);
+
 }  // namespace fastmerge

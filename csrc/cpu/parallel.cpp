@@ -69,12 +69,28 @@ struct Block {
   char* start;
 };
 
+// All items on the caller's own thread, whose floating-point environment is as before afterwards.
+void alone(int64_t items, size_t scratch_bytes, const Work& work) {
+  struct Environment {
+    Environment() {
+      std::fegetenv(&before);
+      std::fesetenv(FE_DFL_ENV);
+    }
+    ~Environment() { std::fesetenv(&before); }
+    std::fenv_t before;
+  };
+  const Block scratch(scratch_bytes);
+  const Environment environment;
+  for (int64_t item = 0; item < items; ++item) guarded_work(work, item, scratch.start);
+}
+
 }  // namespace
 
 void parallel(int64_t items, int threads, size_t scratch_bytes, const Tick& tick, const Work& work) {
   if (items <= 0) return;
   guard_against_cut_files();
   const int crew_size = static_cast<int>(threads < items ? (threads > 1 ? threads : 1) : items);
+  if (crew_size == 1 && !tick) return alone(items, scratch_bytes, work);
 
   std::atomic<int64_t> next{0}, bytes{0};
   std::atomic<bool> stop{false};
@@ -110,7 +126,7 @@ void parallel(int64_t items, int threads, size_t scratch_bytes, const Tick& tick
       lock.unlock();
       std::exception_ptr thrown;
       try {
-        tick(bytes.exchange(0));
+        if (tick) tick(bytes.exchange(0));
       } catch (...) {
         thrown = std::current_exception();
         stop = true;
@@ -121,7 +137,7 @@ void parallel(int64_t items, int threads, size_t scratch_bytes, const Tick& tick
   }
   for (std::thread& worker : crew) worker.join();
   if (error) std::rethrow_exception(error);
-  tick(bytes.exchange(0));
+  if (tick) tick(bytes.exchange(0));
 }
 
 }  // namespace fastmerge

@@ -8,6 +8,7 @@
 namespace fastmerge {
 
 // Called on the caller's thread every 50 ms and at the end, with the bytes read since the last call; may throw to stop.
+// Without one, a crew of one is the caller's thread: for work that is done in less than a thread takes to begin.
 using Tick = std::function<void(int64_t)>;
 // Does one item with the worker's own memory, and returns the bytes it read.
 using Work = std::function<int64_t(int64_t item, char* scratch)>;

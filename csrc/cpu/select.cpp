@@ -33,37 +33,30 @@ struct Search {
   Census census;
 };
 
-struct Tile {
-  const Tensor* tensor;
-  int64_t begin, end;
-  int64_t start;  // of `begin` in the group's concatenated vector
-};
-
 int64_t elements_of(const Group& group) {
   int64_t elements = 0;
   for (const Tensor& tensor : group) elements += tensor.elements;
   return elements;
 }
 
-// A group's tiles by number, without a list.
+// A group's tiles are those of its concatenated vector, whatever its tensors: there may be one per row of a matrix.
 int64_t tiles_of(const Group& group) {
-  int64_t tiles = 0;
-  for (const Tensor& tensor : group) tiles += (tensor.elements + TILE - 1) / TILE;
-  return tiles;
+  return (elements_of(group) + TILE - 1) / TILE;
 }
 
-Tile tile_at(const Group& group, int64_t number) {
+// Calls `each(tensor, at, count, index in the group)` for the chunks of a tile, until it returns true.
+template <class Each>
+void each_chunk(const Group& group, int64_t tile, const Each& each) {
+  const int64_t begin = tile * TILE, end = begin + TILE;
   int64_t start = 0;
   for (const Tensor& tensor : group) {
-    const int64_t tiles = (tensor.elements + TILE - 1) / TILE;
-    if (number < tiles) {
-      const int64_t begin = number * TILE;
-      return {&tensor, begin, std::min(begin + TILE, tensor.elements), start + begin};
+    const int64_t last = std::min(end - start, tensor.elements);
+    for (int64_t at = std::max<int64_t>(begin - start, 0); at < last; at += CHUNK) {
+      if (each(tensor, at, static_cast<int>(std::min<int64_t>(CHUNK, last - at)), start + at)) return;
     }
-    number -= tiles;
     start += tensor.elements;
+    if (start >= end) return;
   }
-  return {};
 }
 
 // Memory for one group's selection, in one block: searches, samples, and the equals of each guess per tile and model.
@@ -257,12 +250,11 @@ void conclude(Search& search) {
 
 void count_tile(const Group& group, int64_t number, const Kernels& kernels, Desk& desk, char* block) {
   static std::mutex mutex;  // never held while an input is read
-  const Tile tile = tile_at(group, number);
-  const Tensor& tensor = *tile.tensor;
-  Scratch scratch(block, tensor.inputs);
-  Census* censuses = censuses_at(block, tensor);
-  Tally* tallies = reinterpret_cast<Tally*>(censuses + tensor.models);
-  for (int model = 0; model < tensor.models; ++model) {
+  const Tensor& like = group.front();
+  Scratch scratch(block, like.inputs);
+  Census* censuses = censuses_at(block, like);
+  Tally* tallies = reinterpret_cast<Tally*>(censuses + like.models);
+  for (int model = 0; model < like.models; ++model) {
     const Search& search = desk.searches[model];
     if (search.found) continue;
     tallies[model] = search.tally;
@@ -271,10 +263,9 @@ void count_tile(const Group& group, int64_t number, const Kernels& kernels, Desk
     if (search.tally.values > 0) continue;  // a census is large to clear
     censuses[model] = {search.census.low, search.census.high, search.census.shift, 0, {}};
   }
-  for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
-    const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
+  each_chunk(group, number, [&](const Tensor& tensor, int64_t at, int count, int64_t) {
     kernels.deltas(tensor, at, count, true, scratch);
-    for (int model = 0; model < tensor.models; ++model) {
+    for (int model = 0; model < like.models; ++model) {
       const float* deltas = scratch.wide + model * CHUNK;
       if (desk.searches[model].found) continue;
       if (tallies[model].values > 0) {
@@ -283,9 +274,10 @@ void count_tile(const Group& group, int64_t number, const Kernels& kernels, Desk
         kernels.census(deltas, count, censuses[model]);
       }
     }
-  }
+    return false;
+  });
   const std::lock_guard<std::mutex> lock(mutex);
-  for (int model = 0; model < tensor.models; ++model) {
+  for (int model = 0; model < like.models; ++model) {
     Search& search = desk.searches[model];
     if (search.found) continue;
     for (int i = 0; i < search.tally.values; ++i) {
@@ -302,25 +294,21 @@ void count_tile(const Group& group, int64_t number, const Kernels& kernels, Desk
 // One past the element that is the last of its equals to be kept, where not all are.
 int64_t end_of_ties(const Group& group, int model, const Kernels& kernels, const Desk& desk, char* block) {
   const Search& search = desk.searches[model];
-  int64_t number = 0, left = search.wanted;
+  int64_t number = 0, left = search.wanted, end = EVERY;
   for (; left > desk.equal(number, model, search.guess); ++number) left -= desk.equal(number, model, search.guess);
-  for (; number < tiles_of(group); ++number) {
-    const Tile tile = tile_at(group, number);
-    const Tensor& tensor = *tile.tensor;
-    const View views[] = {tensor.views[model], tensor.views[tensor.inputs - 1]};
-    const Tensor alone = {views, tensor.elements, 1, 1 + tensor.inputs - tensor.models, 0};
-    Scratch scratch(block, alone.inputs);
-    for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
-      const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
+  for (const int64_t tiles = tiles_of(group); number < tiles && end == EVERY; ++number) {
+    each_chunk(group, number, [&](const Tensor& tensor, int64_t at, int count, int64_t index) {
+      const View views[] = {tensor.views[model], tensor.views[tensor.inputs - 1]};
+      const Tensor alone = {views, tensor.elements, 1, 1 + tensor.inputs - tensor.models, 0};
+      Scratch scratch(block, alone.inputs);
       kernels.deltas(alone, at, count, true, scratch);
       for (int i = 0; i < count; ++i) {
-        if (magnitude_of(scratch.wide[i]) == search.magnitude && --left == 0) {
-          return tile.start + (at - tile.begin) + i + 1;
-        }
+        if (magnitude_of(scratch.wide[i]) == search.magnitude && --left == 0) end = index + i + 1;
       }
-    }
+      return end != EVERY;
+    });
   }
-  return elements_of(group);
+  return std::min(end, elements_of(group));
 }
 
 // `over(items, do)` runs do(item, block) for each item, on this worker or on the whole crew.

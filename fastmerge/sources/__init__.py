@@ -1,0 +1,1 @@
+"""What an input tensor can be besides stored: rows of several models, or computed from an adapter."""
