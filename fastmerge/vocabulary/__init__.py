@@ -1,0 +1,1 @@
+"""The vocabulary of an output: its tokens, where the models have their rows, its tokenizer and chat template."""
