@@ -60,7 +60,8 @@ class Reader:
 
     def raw(self, job: Job) -> bool:
         """Whether a job moves bytes, whatever they mean."""
-        return job.copy and (self.propagate or job.infos[0].dtype not in ("F32", "F16", "BF16"))
+        stays = job.copy and job.gather is None
+        return stays and (self.propagate or job.infos[0].dtype not in ("F32", "F16", "BF16"))
 
     def elements(self, job: Job) -> int:
         return job.nbytes if self.raw(job) else job.infos[0].elements
@@ -72,6 +73,12 @@ class Reader:
     def dtypes(self, job: Job) -> tuple[str, ...]:
         """Of each input, the base last, and then of the output."""
         return ("U8", "U8") if self.raw(job) else (*[info.dtype for info in job.infos], job.dtype)
+
+    def held(self, job: Job) -> frozenset[str]:
+        """All that a sweep meets of a job that gathers: what is stored, what is made, and the output."""
+        names = job.gather.names if job.gather else {}
+        stored = [self.models[model].tensors[name].dtype for model, name in names.items()]
+        return frozenset(("F32", *stored, *self.dtypes(job)))
 
     def places(self, job: Job) -> list[tuple[Path, int]]:
         """The file of each input, the base last, and its first byte there."""

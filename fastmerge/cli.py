@@ -77,6 +77,13 @@ _varied = click.option(
     metavar="NAME=VALUE,...",
     help="Write OUT/NAME=VALUE for each value of a parameter, from one read; twice: for each combination.",
 )
+_nonfinite = click.option(
+    "--nonfinite",
+    type=click.Choice(["error", "propagate"]),
+    default="error",
+    show_default=True,
+    help="What NaN or Inf among the inputs does.",
+)
 _threads = click.option("--threads", type=click.IntRange(1), help="Workers; by default one per processor.")
 
 
@@ -129,13 +136,7 @@ def main() -> None:
 @_gpu_memory
 @_varied
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output in OUT.")
-@click.option(
-    "--nonfinite",
-    type=click.Choice(["error", "propagate"]),
-    default="error",
-    show_default=True,
-    help="What NaN or Inf among the inputs does.",
-)
+@_nonfinite
 @_mergekits(shown=False)
 def merge(recipe: Path, out: Path, **options: Any) -> None:
     """Merge the models of RECIPE (mergekit's YAML) into the new folder OUT.
@@ -159,12 +160,12 @@ def as_mergekit_yaml(config_file: Path, out_path: Path, **options: Any) -> None:
 
 @main.command()
 @click.argument("config_file", type=click.Path(path_type=Path))
-@click.option("--out-path", type=click.Path(path_type=Path), required=True, help="The folder of the result.")
+@click.option("--out-path", type=click.Path(path_type=Path), help="The folder of the document without a name.")
 @click.option(
     "-I",
     "--intermediate-dir",
     type=click.Path(path_type=Path),
-    help="Keep the models of documents with a name in this folder; by default only the result is kept.",
+    help="Keep the models of documents with a name in folders of this one; by default only the result is kept.",
 )
 @click.option(
     "--lazy/--no-lazy",
@@ -172,13 +173,18 @@ def as_mergekit_yaml(config_file: Path, out_path: Path, **options: Any) -> None:
     help="With --intermediate-dir, leave models as they are that are there already, whatever they were merged from; "
     "the default.",
 )
+@_seed
+@_shard_size
+@_nonfinite
 @_mergekits(shown=True)
-def multi(config_file: Path, out_path: Path, intermediate_dir: Path | None, lazy: bool, **options: Any) -> None:
+def multi(config_file: Path, out_path: Path | None, intermediate_dir: Path | None, lazy: bool, **options: Any) -> None:
     """Merge several documents by the arguments of mergekit-multi.
 
-    The one without a name is the result, and those with a name are merged if it needs them. An earlier model in the
-    place of one is replaced once the new one is complete.
+    All of them, in the order in which they need one another; without --intermediate-dir those alone that the one
+    without a name needs. An earlier model in the place of one is replaced once the new one is complete.
     """
+    if out_path is None and intermediate_dir is None:
+        raise click.UsageError("the models need a folder: --out-path for the result, or --intermediate-dir for all")
     _merge(config_file, out_path, {**options, "overwrite": True}, intermediate_dir, lazy)
 
 
@@ -275,9 +281,11 @@ def demo(folder: Path | None, backend: str, threads: int | None) -> None:
         run(folder, backend=backend, threads=threads)
 
 
-def _merge(recipe: Path, out: Path, options: dict[str, Any], between: Path | None = None, lazy: bool = False) -> None:
-    """Merges by options in mergekit's words or ours, and tells of it; the models between are kept where they have a
-    folder, and there no model is merged again where that is `lazy`."""
+def _merge(
+    recipe: Path, out: Path | None, options: dict[str, Any], between: Path | None = None, lazy: bool = False
+) -> None:
+    """Merges by options in mergekit's words or ours, and tells of it; the models of documents with a name are kept
+    where they have a folder, and there no model is merged again where that is `lazy`."""
     quiet = bool(options["quiet"])
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -285,29 +293,38 @@ def _merge(recipe: Path, out: Path, options: dict[str, Any], between: Path | Non
         needless = _in_our_words(options)
         if not quiet:
             click.echo("".join(f"{line}\n" for line in needless), nl=False, err=True)
-            from .preflight import oddities
+            from .preflight import before
             from .recipe import Recipe
 
-            for fault in oddities(Recipe.load(recipe)):
+            for fault in before(Recipe.load(recipe, every=between is not None)):
                 warnings.warn(fault, FastmergeWarning, stacklevel=2)
         options.pop("quiet", None)
         from .engine import merge as run
 
-        for one, place in _steps(recipe, out, between, lazy, quiet) if between else [(recipe, out)]:
+        for one, place in _steps(recipe, out, between, lazy, quiet):
             with _bar(quiet) as progress:
                 report = run(one, place, progress=progress, **options)
             if not quiet:
                 click.echo(_closing(report))
 
 
-def _steps(recipe: Path, out: Path, between: Path, lazy: bool, quiet: bool) -> Iterator[tuple[Recipe, Path]]:
-    """The merges of a recipe, which is sound as a whole, that are still to be made."""
+def _steps(
+    recipe: Path, out: Path | None, between: Path | None, lazy: bool, quiet: bool
+) -> Iterator[tuple[Path | Recipe, Path]]:
+    """The merges of a recipe that are still to be made: one, or where models between are kept, those of its documents,
+    once it is sound as a whole."""
     from .multi import steps
     from .planner import plan as make_plan
     from .recipe import Recipe
 
-    whole = Recipe.load(recipe)
+    if between is None:
+        assert out is not None, "one of them is there"
+        yield recipe, out
+        return
+    whole = Recipe.load(recipe, every=True)
     make_plan(whole)
+    if out is not None and whole.documents[-1].name is not None and not quiet:
+        click.echo("--out-path: not needed, each document has a name to keep its model by", err=True)
     for step in steps(whole, between, out):
         if not (lazy and step.done()):
             yield step
@@ -449,6 +466,7 @@ def _show_plan(made: Plan) -> None:
 def _kind(job: Job) -> tuple[str, ...]:
     """A job as the plan shows it: those that differ in a number of their name only are one row."""
     reads = "copied" if job.copy else "not fused" if job.direct else f"{job.passes} times" if job.passes > 1 else "once"
+    reads += ", gathered" if job.gather else ""
     shape = " x ".join(map(str, job.shape))
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", job.name), shape, job.dtype, str(len(job.sources)), reads
 

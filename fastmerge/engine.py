@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 
-from . import backends
+from . import backends, cards, gathered
 from .batches import BATCH_BYTES, Reader, in_batches, share_out
 from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
 from .choice import Choice
@@ -23,6 +23,7 @@ from .measures import Cuts, model_cuts, swept
 from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
 from .planner import plan as make_plan
 from .recipe import Recipe
+from .sources.lora import Adapted
 from .streaming import Streamer
 from .sweep import Found, Run, Target
 from .vary import Vary
@@ -110,12 +111,14 @@ def merge(
     work = _Work(
         Choice(backend, worked), worked, threads or backends.threads(), gpu_memory, nonfinite == "propagate", watch
     )
-    inputs = [model.path for stage in plan.stages for model in stage.models if isinstance(model, Checkpoint)]
+    inputs = [path for stage in plan.stages for model in stage.models for path in _paths(model)]
     *before, result = plan.stages
     options = ("" if seed is None else f" --seed {seed}") + (
         "" if shard_size == SHARD_SIZE else f" --shard-size {shard_size}"
     )
-    options += "" if copy_tokenizer else " --no-copy-tokenizer"
+    options += ("" if nonfinite == "error" else f" --nonfinite {nonfinite}") + (
+        "" if copy_tokenizer else " --no-copy-tokenizer"
+    )
     beside = {"copy_tokenizer": copy_tokenizer, "write_model_card": write_model_card}
     folders = {variant.name: Path(out, variant.name) for variant in plan.variants}
     with _disk(Path(out)), _folder(Path(out)), ExitStack() as opened:
@@ -128,12 +131,13 @@ def merge(
             place = next(iter(folders.values())) / STAGES / str(number)  # its name is the user's, and may be any text
             with Writer(place, stage.layout, inputs=(), overwrite=False) as between:
                 _run(stage, written, {"": between}, work)
-                between.commit(_sidecars(stage, recipe.text, place, options))
+                between.commit(_sidecars(stage, recipe.text, "", place, write_model_card=False))
             written[str(stage.name)] = open_checkpoint(place)
         _run(result, written, writers, work)
         watch.finish()
         for variant in plan.variants:
-            files = _sidecars(result, variant.text, folders[variant.name], options, **beside)
+            again = recipe.again or f"merge mergekit_config.yml {shlex.quote(folders[variant.name].name)}"
+            files = _sidecars(result, variant.text, f"fastmerge {again}{options}", folders[variant.name], **beside)
             writers[variant.name].commit(files)
     return Report(
         Path(out),
@@ -215,7 +219,8 @@ class _Work:
 def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Writer], work: _Work) -> None:
     """Does all jobs of a stage, whose outputs have a name each, then makes sure that no input changed meanwhile."""
     _check_direct(stage, work.choice.backend)
-    models = [written[model.name] if isinstance(model, Planned) else model for model in stage.models]
+    _warn_of_what_the_cpu_does(stage, work.choice.backend)
+    models = [_read_from(model, written) for model in stage.models]
     _warn_of_no_deltas(stage, models)
     overflown: dict[str, dict[str, int]] = {name: {} for name in outputs}
     try:
@@ -236,14 +241,39 @@ def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Wri
         _warn_of_overflow(stage, name, elements)
 
 
+def _read_from(model: Checkpoint | Planned, written: Mapping[str, Checkpoint]) -> Checkpoint:
+    """A model, or what an earlier stage has written for it."""
+    if isinstance(model, Planned):
+        return written[model.name]
+    if isinstance(model, Adapted) and isinstance(model.base, Planned):
+        return model.over(written[model.base.name])
+    return model
+
+
+def _paths(model: Checkpoint | Planned) -> tuple[Path, ...]:
+    """Where a model lies that is no output of ours."""
+    if isinstance(model, Planned):
+        return ()
+    return model.inputs if isinstance(model, Adapted) else (model.path,)
+
+
 def _check_direct(stage: Stage, backend: str) -> None:
     """Jobs that are no sweeps are done by torch alone."""
-    if any(job.direct for job in stage.jobs):
-        what = f"{stage.document.method.name} is not fused and runs by torch alone"
-        if backend not in ("auto", "torch"):
+    if job := next((job for job in stage.jobs if job.direct), None):
+        how = "" if job.method.direct else " by columns (nuslerp_row_wise: true)"
+        what = f"{job.method.name}{how} is not fused and runs by torch alone"
+        if backend == "cpu":
             raise BackendError(f"{what}, not by {backend}: ask for auto or torch")
         if reason := backends.why_not("torch"):
             raise BackendError(f"{what}: {reason}")
+
+
+def _warn_of_what_the_cpu_does(stage: Stage, backend: str) -> None:
+    """A GPU that was asked for by name sweeps what is stored, and that alone."""
+    if backends.device_of(backend) != "cpu" and (names := [job.name for job in stage.jobs if job.direct or job.gather]):
+        fault = f"the CPU and not {backend} merges {len(names)} tensors, such as {names[0]!r}"
+        why = "they are not fused, or their rows are gathered or computed"
+        warnings.warn(f"{fault}: {why}", FastmergeWarning, stacklevel=3)
 
 
 def _done(
@@ -252,17 +282,25 @@ def _done(
     """The jobs as they are done: by the CPU, as long as it is the choice, then by GPUs, if there are jobs left."""
     choice, size = work.choice, attrgetter("nbytes")
 
+    def targets(job: Job) -> list[Target]:
+        places = [writer.target(job.name) for writer in writers]  # holds the files open
+        return [Target(reader.output(job), offset, file) for file, offset in places]
+
     def on_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Job, Found]]:
-        for ops, mine in share_out(reader.mapped(jobs), reader, choice.backend, work.worked):
-            places = [[writer.target(job.name) for writer in writers] for job in mine.jobs]  # holds the files open
-            targets = [
-                [Target(reader.output(job), offset, file) for file, offset in each]
-                for job, each in zip(mine.jobs, places, strict=True)
-            ]
-            found = swept(mine, ops, cuts, targets, work.run)
+        stored = reader.mapped([job for job in jobs if job.gather is None])
+        for ops, mine in share_out(stored, reader, choice.backend, work.worked):
+            found = swept(mine, ops, cuts, list(map(targets, mine.jobs)), work.run)
             for writer in writers:
                 writer.written(job.name for job in mine.jobs)
             yield from zip(mine.jobs, found, strict=True)
+        for job in jobs:
+            if job.gather is not None:
+                wanted = "torch" if job.direct else "auto" if choice.gpu else choice.backend
+                ops = backends.Ops(wanted, reader.held(job), "cpu", work.worked)
+                whole = gathered.swept(job, reader, ops, cuts, targets(job), work.run)
+                for writer in writers:
+                    writer.written([job.name])
+                yield job, whole
 
     done, left_bytes = 0, stage.bytes_read
     for jobs in in_batches(stage, stage.jobs, size, BATCH_BYTES):
@@ -272,7 +310,7 @@ def _done(
         yield from on_cpu(jobs)
         nbytes = sum(map(size, jobs))
         done, left_bytes = done + len(jobs), left_bytes - nbytes
-        if not any(job.direct for job in jobs):
+        if not any(job.direct or job.gather for job in jobs):
             choice.after(nbytes, time.perf_counter() - started, left_bytes)
     left = stage.jobs[done:]
     if choice.gpu and left:
@@ -280,8 +318,9 @@ def _done(
             stage, reader, writers, cuts, choice.gpu, choice.devices, work.worked, work.gpu_memory, work.run
         )
         others = [job for job in left if not streamer.takes(job)]
-        if others and choice.backend != "auto":
-            backends.Ops(choice.backend, reader.dtypes(others[0]), "gpu", work.worked)  # which refuses them
+        strange = [job for job in others if not (job.direct or job.gather)]
+        if strange and choice.backend != "auto":
+            backends.Ops(choice.backend, reader.dtypes(strange[0]), "gpu", work.worked)  # which refuses them
         if mine := [job for job in left if streamer.takes(job)]:
             yield from streamer.swept(mine)
         for jobs in in_batches(stage, others, size, BATCH_BYTES):
@@ -310,11 +349,15 @@ def _warn_of_no_deltas(stage: Stage, models: Sequence[Checkpoint]) -> None:
     """A base that is each of its models: every delta is zero, and the output is the base."""
     jobs = [(job.base, job.inputs) for job in stage.jobs if job.base is not None]
     # Frozen embeddings may be equal to the last byte: a look at the start of each tensor settles nearly all cases.
-    if jobs and all(
-        same_bytes(models[base.model], base.tensor, models[source.model], source.tensor, start_only=start_only)
-        for start_only in (True, False)
-        for base, inputs in jobs
-        for source in inputs
+    if (
+        jobs
+        and not any(job.gather for job in stage.jobs)
+        and all(
+            same_bytes(models[base.model], base.tensor, models[source.model], source.tensor, start_only=start_only)
+            for start_only in (True, False)
+            for base, inputs in jobs
+            for source in inputs
+        )
     ):
         warnings.warn(
             "the base is identical to every model: all deltas are zero, and the output is the base",
@@ -336,24 +379,37 @@ def _warn_of_overflow(stage: Stage, output: str, overflown: Mapping[str, int]) -
         )
 
 
-def _sidecars(stage: Stage, text: str, out: Path, options: str, **beside: bool) -> dict[str, bytes]:
+def _sidecars(
+    stage: Stage, text: str, command: str, out: Path, *, copy_tokenizer: bool = True, write_model_card: bool = True
+) -> dict[str, bytes]:
     from . import __version__
 
-    method, base = stage.document.method, stage.document.base_model
+    card = None
+    if write_model_card:
+        card = cards.card(
+            list(_inputs(stage)),
+            text,
+            method=stage.document.method.name,
+            paper=stage.document.method.paper,
+            command=command,
+            version=__version__,
+            title=out.resolve().name,
+            library="transformers" if stage.donor.config else "",
+        )
     return sidecars(
-        stage.donor,
-        stage.config_changes,
-        text,
-        method=method.name,
-        paper=method.paper,
-        models=[model.name for model in stage.models],
-        base=base.name if base else None,
-        commits=stage.commits,
-        command=f"fastmerge merge mergekit_config.yml {shlex.quote(out.name)}{options}",
-        version=__version__,
-        title=out.resolve().name,
-        **beside,
+        stage.donor, stage.config_changes, text, card, tokenizer=stage.tokenizer, copy_tokenizer=copy_tokenizer
     )
+
+
+def _inputs(stage: Stage) -> Iterator[cards.Input]:
+    """The models of a stage, then those of the stages before that it needs."""
+    base = stage.document.base_model
+    for model in stage.models:
+        yield cards.Input(model.name, model.files, base is not None and model.name == base.text)
+    for model in stage.models:
+        whole = model.base if isinstance(model, Adapted) else model
+        if isinstance(whole, Planned):
+            yield from (each._replace(is_base=False) for each in _inputs(whole.stage))
 
 
 def _anonymous_bytes() -> int:

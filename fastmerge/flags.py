@@ -73,14 +73,14 @@ FLAGS = (
     Flag(
         ("--unsafe-truncate-embeddings",),
         Takes.SWITCH,
-        Fate.REFUSED,
-        "no embeddings are cut off, since equal rows need not be equal tokens; give the models one vocabulary first",
+        Fate.ACCEPTED,
+        "not done, equal rows need not be equal tokens; where vocabularies differ, tokenizer_source makes them one",
     ),
     Flag(
         ("--trust-remote-code",),
         Takes.SWITCH,
-        Fate.REFUSED,
-        "no code of a model is ever run, and none is needed to merge; leave it out",
+        Fate.ACCEPTED,
+        "not needed, no code of a model is ever run",
     ),
     # where things lie
     Flag(

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import CONFIG, COPIED, INDEX, SINGLE, no_model, shards_named
+from .checkpoint import CARD, CONFIG, COPIED, INDEX, SINGLE, no_model, shards_named
 from .errors import CheckpointError
+from .sources.adapter import CONFIG as ADAPTER_CONFIG
+from .sources.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from .sources.adapter import no_adapter
 
 
 class Snapshot(NamedTuple):
@@ -19,8 +22,9 @@ class Snapshot(NamedTuple):
     commit: str
 
 
-def snapshot(name: str, revision: str | None) -> Snapshot:
-    """Fetches what the cache lacks of a model: weights in safetensors, config, tokenizer files; no pickles, no code.
+def snapshot(name: str, revision: str | None, *, adapter: bool = False) -> Snapshot:
+    """Fetches what the cache lacks of a model, or of an adapter: weights in safetensors, config, card, tokenizer files;
+    no pickles, no code.
 
     `revision` is a branch, a tag or a commit, by default the main branch. Where the hub cannot be reached, the cache
     must hold it all. Raises CheckpointError.
@@ -40,13 +44,17 @@ def snapshot(name: str, revision: str | None) -> Snapshot:
         return Path(client.snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=but))
 
     try:
-        folder = fetch(revision, [CONFIG, INDEX, *COPIED], but="*/*")
+        folder = fetch(revision, [*([ADAPTER_CONFIG] if adapter else [CONFIG, INDEX]), CARD, *COPIED], but="*/*")
         commit = folder.name
         weights = shards_named(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+        if adapter:
+            weights = [ADAPTER_WEIGHTS]
         fetch(commit, [glob.escape(file) for file in weights])
         if not all((folder / file).exists() for file in weights):
             held = client.HfApi().list_repo_files(name, revision=commit)  # an error where there is no hub to ask
-            if SINGLE not in held and INDEX not in held:
+            if adapter and ADAPTER_WEIGHTS not in held:
+                raise CheckpointError(no_adapter(name, held))
+            if not adapter and SINGLE not in held and INDEX not in held:
                 raise CheckpointError(no_model(name, held))
         return Snapshot(folder, commit)
     except errors.GatedRepoError:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from . import backends
 from .batches import Batch, Reader, in_rows, joined, row_of
 from .methods import Measured, Method, Settings, ranks, rescale_of
+from .pieces import Piece, Pieces
 from .planner import Job, Stage
 from .sweep import Cut, Found, Inputs, Keep, Part, Rescale, Run, Sweep, Target
 
 #: By the name of a job: of each variant the cuts of its whole model, or none where each tensor has its own.
 Cuts = Mapping[str, Sequence[tuple[Cut, ...]]]
+
+
+class Measuring(Protocol):
+    """The ops that measure."""
+
+    def gram(self, tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]: ...
+    def norms(self, tensors: Sequence[Inputs], sweeps: Sequence[Sweep], run: Run) -> list[NDArray[np.float64]]: ...
+    def threshold(
+        self, groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]], run: Run
+    ) -> list[tuple[Cut, ...]]: ...
+
 
 _IDENTITY = Sweep((Part(),))
 #: A cut that no selection finds: what becomes of it shows whether a method takes its cuts as they come.
@@ -25,10 +41,7 @@ def swept(batch: Batch, ops: backends.Ops, cuts: Cuts, targets: Sequence[Sequenc
     """Measures and sweeps each job; at one go where its cuts are all that it wants to know, and the provider can. A
     batch of jobs that are no sweeps is computed."""
     if batch.jobs[0].direct:
-        from .direct import function  # imports torch
-
-        functions = [[function(job.method.name, each, job.shape) for each in job.variants] for job in batch.jobs]
-        return ops.compute(batch.inputs, functions, targets, run)
+        return ops.compute(batch.inputs, list(map(functions_of, batch.jobs)), targets, run)
     ranked = {
         i: left_open
         for i, (job, inputs) in enumerate(zip(batch.jobs, batch.inputs, strict=True))
@@ -46,12 +59,12 @@ def swept(batch: Batch, ops: backends.Ops, cuts: Cuts, targets: Sequence[Sequenc
     )
     others = Batch([batch.jobs[i] for i in rest], [batch.inputs[i] for i in rest], batch.owners)
     found += ops.merge(others.inputs, measured(others, ops, cuts, run), [targets[i] for i in rest], run)
-    found += [_row_by_row(batch.jobs[i], width, batch.inputs[i], ops, targets[i], run) for i, width in split.items()]
+    found += [row_by_row(batch.jobs[i], width, batch.inputs[i], ops, targets[i], run) for i, width in split.items()]
     by_place = dict(zip([*ranked, *rest, *split], found, strict=True))
     return [by_place[i] for i in range(len(batch.jobs))]
 
 
-def measured(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> list[list[Sweep]]:
+def measured(batch: Batch, provider: Measuring, cuts: Cuts, run: Run) -> list[list[Sweep]]:
     """The sweeps of each job, one per variant, after whatever its method wants to know of the tensors."""
     chosen = _selected(batch, provider, cuts, run)
     products = _gram(batch, provider, run)
@@ -67,7 +80,14 @@ def measured(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> list
     return _rescaled(batch, sweeps, provider, run)
 
 
-def _row_by_row(job: Job, width: int, inputs: Inputs, ops: backends.Ops, targets: Sequence[Target], run: Run) -> Found:
+def functions_of(job: Job) -> list[Callable[..., Any]]:
+    """A job that is no sweep, as a function of whole torch tensors for each variant."""
+    from .direct import function  # imports torch
+
+    return [function(job.method.name, each, job.shape) for each in job.variants]
+
+
+def row_by_row(job: Job, width: int, inputs: Inputs, ops: backends.Ops, targets: Sequence[Target], run: Run) -> Found:
     """Each row measured and swept as a tensor of its own."""
     begin, found = inputs.begin, [Found((0,) * len(inputs.views), (-1,) * len(inputs.views), (0,) * len(targets))]
     for rows, places in in_rows(width, inputs, targets):
@@ -84,7 +104,7 @@ def _unmeasured(method: Method, variants: tuple[Settings, ...], copy: bool) -> t
     return tuple(_IDENTITY if copy else method.sweep(settings, Measured()) for settings in variants)
 
 
-def _selected(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> dict[int, list[tuple[Cut, ...]]]:
+def _selected(batch: Batch, provider: Measuring, cuts: Cuts, run: Run) -> dict[int, list[tuple[Cut, ...]]]:
     """The cuts of each variant, for jobs whose method wants some: one selection for all variants of equal ranks."""
     given = {i: cuts.get(job.name) or ((),) * len(job.variants) for i, job in enumerate(batch.jobs) if _selects(job)}
     wanted = {
@@ -102,13 +122,13 @@ def _selected(batch: Batch, provider: backends.Ops, cuts: Cuts, run: Run) -> dic
     }
 
 
-def _gram(batch: Batch, provider: backends.Ops, run: Run) -> dict[int, list[list[float]]]:
+def _gram(batch: Batch, provider: Measuring, run: Run) -> dict[int, list[list[float]]]:
     wanted = [i for i, job in enumerate(batch.jobs) if job.method.gram and not job.copy]
     found = provider.gram([batch.inputs[i] for i in wanted], run)
     return {i: products.tolist() for i, products in zip(wanted, found, strict=True)}
 
 
-def _rescaled(batch: Batch, sweeps: list[list[Sweep]], provider: backends.Ops, run: Run) -> list[list[Sweep]]:
+def _rescaled(batch: Batch, sweeps: list[list[Sweep]], provider: Measuring, run: Run) -> list[list[Sweep]]:
     """Where a method matches norms: each part's rescale becomes the norm before `Keep` over the norm after it."""
     matched = {
         (i, k): rescale
@@ -162,21 +182,29 @@ def model_cuts(stage: Stage, reader: Reader, backend: str, worked: backends.Work
     jobs = [job for job in stage.jobs if _selects(job) and any(map(_of_model, job.variants))]
     if not jobs:
         return {}
-    batch = reader.mapped(jobs)
-    dtypes = {view.dtype for inputs in batch.inputs for view in inputs.views}
+    held = [_held(job, reader) for job in jobs]
+    pieces = [piece.inputs for piece in chain(*held)]
+    dtypes = {view.dtype for inputs in pieces for view in inputs.views}
     ops = backends.Ops(backend if backends.device_of(backend) == "cpu" else "auto", dtypes, "cpu", worked)
-    starts = list(accumulate((inputs.elements for inputs in batch.inputs), initial=0))
+    starts = list(accumulate((reader.elements(job) for job in jobs), initial=0))
     wanted = [  # the plan saw to it: each variant is the same for all tensors, which are of the same models
         ranks(settings, starts[-1]) if _of_model(settings) else () for settings in jobs[0].variants
     ]
     chosen = {}
     for at, rank in dict.fromkeys(pair for each in wanted for pair in enumerate(each)):
-        alone = [inputs._replace(models=(inputs.models[at],)) for inputs in batch.inputs]
+        alone = [inputs._replace(models=(inputs.models[at],)) for inputs in pieces]
         (((magnitude, end),),) = ops.threshold([alone], [(rank,)], run)
         chosen[at, rank] = [Cut(magnitude, max(0, end - start)) for start in starts]
     return {
         job.name: [tuple(chosen[pair][i] for pair in enumerate(each)) for each in wanted] for i, job in enumerate(jobs)
     }
+
+
+def _held(job: Job, reader: Reader) -> list[Piece]:
+    if job.gather:
+        return list(Pieces(job, reader))
+    batch = reader.mapped([job])
+    return [Piece(batch.inputs[0], batch.owners)]
 
 
 def _of_model(settings: Settings) -> bool:

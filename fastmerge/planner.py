@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,16 +15,34 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from . import configs, layers
-from .checkpoint import DTYPE_BITS, Checkpoint, Layout, TensorInfo, lay_out, open_checkpoint, same_bytes
+from .checkpoint import (
+    DTYPE_BITS,
+    GENERATION,
+    Checkpoint,
+    Layout,
+    TensorInfo,
+    lay_out,
+    open_checkpoint,
+    same_bytes,
+    tokenizer_files,
+)
+from .embeddings import Rows, rows_of
 from .errors import CheckpointError, FastmergeWarning, RecipeError
 from .fit import BUFFERS, FLOATS, Fit, common
-from .hub import snapshot
+from .hub import Snapshot, snapshot
 from .layers import Row
 from .methods import METHODS, Base, Method, Settings, by_columns, by_rows, rescale_of
 from .recipe import Document, Model, Module, Recipe, Repository, Slice
 from .settings import Resolver
+from .sources import lora
+from .sources.adapter import Adapter, open_adapter
+from .sources.lora import Adapted
+from .sources.rows import Gather
 from .sweep import Rescale
 from .vary import Variant, Vary, variants
+from .vocabulary.templates import chat_template, with_template
+from .vocabulary.tokens import Tokenized, Vocabulary
+from .vocabulary.tokens import vocabulary as make_vocabulary
 
 SHARD_SIZE = 5_000_000_000
 
@@ -49,6 +68,7 @@ class Job(NamedTuple):
     method: Method
     variants: tuple[Settings, ...]  # one per output
     copy: bool = False
+    gather: Gather | None = None  # where not all inputs are stored as they are; `infos` are then as they come out
 
     @property
     def settings(self) -> Settings:
@@ -84,17 +104,20 @@ class Stage:
     layout: Layout
     donor: Checkpoint
     config_changes: dict[str, Any]
+    tokenizer: Mapping[str, bytes] | None  # its files; None: those of the donor
 
     @property
     def commits(self) -> dict[str, str]:
         """What each model from the hub was, by name; those of the stages that it needs too."""
-        own = {model.name: model.commit for model in self.models if isinstance(model, Checkpoint) and model.commit}
-        return own | {
-            name: commit
-            for model in self.models
-            if isinstance(model, Planned)
-            for name, commit in model.stage.commits.items()
-        }
+        own: dict[str, str] = {}
+        for model in self.models:
+            if isinstance(model, Planned):
+                own |= model.stage.commits
+            elif isinstance(model, Adapted):
+                own |= model.commits
+            elif model.commit:
+                own[model.name] = model.commit
+        return own
 
     @property
     def bytes_read(self) -> int:
@@ -122,6 +145,10 @@ class Planned:
             for shard in stage.layout.shards
             for name, begin in shard.offsets.items()
         }
+
+    @property
+    def folder(self) -> Path:
+        return self.stage.donor.folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +211,8 @@ def plan(
     stages: list[Stage] = []
     for document in recipe.documents:
         for model in document.models:
-            if model.path is not None and model not in opened:
-                opened[model] = open_checkpoint(model.path)
-            if model.repository is not None and model not in opened:
-                opened[model] = _fetched(model.name, model.repository)
+            if model not in opened:
+                opened[model] = _opened(model, opened)
         own = seed if seed is not None else document.seed or 0
         result = document is recipe.documents[-1]
         planner = _Planner(
@@ -202,13 +227,38 @@ def plan(
     return Plan(tuple(stages), varied)
 
 
-def _fetched(name: str, repository: Repository) -> Checkpoint:
-    """A model from the hub."""
+def _opened(model: Model, met: dict[Model, Checkpoint | Planned]) -> Checkpoint:
+    """A model; where it has an adapter, over its base, which may have been met before."""
+    if model.adapter is None:
+        if model.repository is None:
+            return open_checkpoint(str(model.path))
+        folder, commit = _fetched(model.repository)
+        return open_checkpoint(folder, name=model.name, commit=commit)
+    whole = model._replace(adapter=None)
+    if whole not in met:
+        met[whole] = _opened(whole, met)
+    base = met[whole]
+    assert not isinstance(base, Adapted)
+    made = Adapted(base, _adapter(model.adapter))
+    if made.moves_head:
+        fault = "its head is tied to the embeddings that the adapter changes, and changes with them"
+        warnings.warn(f"{made.name}: {fault}", FastmergeWarning, stacklevel=2)
+    return made
+
+
+def _adapter(model: Model) -> Adapter:
+    if model.repository is None:
+        return open_adapter(str(model.path))
+    folder, commit = _fetched(model.repository, adapter=True)
+    return open_adapter(folder, name=model.name, commit=commit)
+
+
+def _fetched(repository: Repository, **kind: bool) -> Snapshot:
+    """What is on the hub."""
     try:
-        folder, commit = snapshot(repository.id, repository.revision)
+        return snapshot(repository.id, repository.revision, **kind)
     except CheckpointError as error:
         raise CheckpointError(f"{repository.place}: {error}") from None
-    return open_checkpoint(folder, name=name, commit=commit)
 
 
 @lru_cache
@@ -247,6 +297,7 @@ def _stage_json(stage: Stage) -> dict[str, Any]:
                 "inputs": [source(at) for at in job.inputs],
                 "base": None if job.base is None else source(job.base),
                 "passes": job.passes,
+                "gathered": job.gather is not None,
                 "fused": not job.direct,
                 "method": "copy" if job.copy else job.method.name,
                 "parameters": {} if job.copy else dict(job.settings.shared),  # of the first output
@@ -276,9 +327,12 @@ class _Planner:
         self.index = {model: place for place, model in enumerate(models)}
         self.seed = seed
         self.fit = Fit(self.models)
+        self.rows: Rows | None = None
+        self.gathers = any(isinstance(model, Adapted) for model in self.models)
 
     def stage(self, shard_size: int) -> Stage:
         configs.warn_of_differences(self.models)
+        vocabulary = self.vocabulary()
         left_out = self.fit.left_out()
         towers = list(layers.towers(self.document, {model: held.tensors for model, held in self.by_name.items()}))
         jobs = [
@@ -296,8 +350,35 @@ class _Planner:
         if isinstance(donor, Planned):
             changes = {**donor.stage.config_changes, **changes}
             donor = donor.stage.donor
+        if vocabulary is not None:
+            changes |= vocabulary.token_ids({**donor.config, **changes})
+            changes |= configs.restated({**donor.config, **changes}, "vocab_size", vocabulary.size)
         layout = lay_out([(job.name, job.dtype, job.shape) for job in jobs], shard_size)
-        return Stage(self.document.name, self.document, self.models, tuple(jobs), layout, donor, changes)
+        files = self.tokenizer_files(vocabulary)
+        return Stage(self.document.name, self.document, self.models, tuple(jobs), layout, donor, changes, files)
+
+    def vocabulary(self) -> Vocabulary | None:
+        """That of the output, where the recipe says which."""
+        if self.document.tokenizer is None:
+            return None
+        tokenized = [Tokenized(model.name, _tokenizer_of(model), rows_of(model)) for model in self.models]
+        made = make_vocabulary(tokenized, self.document.tokenizer)
+        rows = Rows(made, self.models)
+        if not rows.trivial:
+            self.rows, self.gathers = rows, True
+        return made
+
+    def tokenizer_files(self, vocabulary: Vocabulary | None) -> Mapping[str, bytes] | None:
+        """The files of the output's tokenizer, where they are not the donor's."""
+        first, setting = self.models[0], self.document.chat_template
+        if vocabulary is None and setting is None:
+            if isinstance(first, Adapted) and first.tokenizer_folder is not None:
+                return _tokenizer_of(first)
+            return first.stage.tokenizer if isinstance(first, Planned) else None
+        files = dict(_tokenizer_of(first)) if vocabulary is None else vocabulary.files
+        if setting is not None and (template := chat_template(setting, map(_tokenizer_of, self.models))) is not None:
+            files = with_template(files, template)
+        return files if vocabulary is None else files | _generation(first, vocabulary)
 
     def jobs(self, module: Module, slice_: Slice, rows: Iterable[Row]) -> Iterator[Job]:
         """The jobs of a slice, without the tensors that do not fit."""
@@ -311,6 +392,11 @@ class _Planner:
             order.sort(key=lambda i: i != lead)
         for row in rows:
             infos = [held.get(name) for held, name in zip(tensors, row.inputs, strict=True)]
+            if self.rows is not None:
+                infos = [
+                    self.rows.resized(info) if info is not None and self.rows.covers(model, info) else info
+                    for model, info in zip(models, infos, strict=True)
+                ]
             if not self.fit.tensor(row.name, models, infos, origin):
                 continue
             sources = list(map(Source, models, row.inputs))
@@ -335,10 +421,31 @@ class _Planner:
                 inputs = tuple([sources[i] for i in takers])
                 read = tuple([found[i] for i in (takers if base is None or origin is None else (*takers, origin))])
                 nbytes = sum([info.nbytes for info in read])
-                yield Job(row.name, dtype, first.shape, inputs, base, read, nbytes, method, settings, copy)
+                gather = self.gather(row, models, (*inputs, base) if base else inputs) if self.gathers else None
+                yield Job(row.name, dtype, first.shape, inputs, base, read, nbytes, method, settings, copy, gather)
             else:
                 holder = self.fit.name(sources[takers[0]].model)
                 self.fit.problems.append(f"{row.name!r} is {stored} in {holder}: dequantise it to merge it")
+
+    def gather(self, row: Row, models: Sequence[int], sources: Sequence[Source]) -> Gather | None:
+        """How the inputs of a tensor come about, where they are not all stored as they are."""
+        names = dict(zip(models, row.inputs, strict=True))
+        first = sources[0]
+        if self.rows and self.rows.covers(first.model, self.models[first.model].tensors[first.tensor]):
+            others = dict.fromkeys(range(len(self.models)), row.name)
+            held = {model: name for model, name in {**others, **names}.items() if name in self.models[model].tensors}
+            try:
+                return self.rows.gather([source.model for source in sources], held)
+            except KeyError as error:
+                whose = self.fit.name(error.args[0])
+                self.fit.problems.append(f"{row.name!r} is missing in {whose}, whose rows some tokens have")
+                return None
+        computed = [
+            model.computed(source.tensor)
+            for source in sources
+            if isinstance(model := self.models[source.model], Adapted)
+        ]
+        return Gather((None,) * len(sources), dict(sources)) if any(computed) else None
 
     def same(self, name: str, dtype: str, sources: Sequence[Source], infos: Sequence[TensorInfo | None]) -> bool:
         """Whether a buffer has the same bytes in all models that have it; a problem where not."""
@@ -353,10 +460,37 @@ class _Planner:
     def stored(self, source: Source) -> tuple[Checkpoint, str]:
         """Where the bytes of a buffer lie; what an earlier stage copies, lies where it copies it from."""
         model, name = self.models[source.model], source.tensor
-        while isinstance(model, Planned):
-            at = model.jobs[name].inputs[0]
-            model, name = model.stage.models[at.model], at.tensor
+        while isinstance(model, Planned | Adapted):
+            if isinstance(model, Planned):
+                at = model.jobs[name].inputs[0]
+                model, name = model.stage.models[at.model], at.tensor
+            else:
+                held, name = model.stored(name)
+                assert isinstance(held, Checkpoint | Planned)
+                model = held
         return model, name
+
+
+def _tokenizer_of(model: lora.Base) -> Mapping[str, bytes]:
+    """The files of a model's tokenizer, by name."""
+    if isinstance(model, Adapted):
+        if model.tokenizer_folder is not None:
+            return tokenizer_files(model.tokenizer_folder)
+        return _tokenizer_of(model.base)
+    if isinstance(model, Planned):
+        return tokenizer_files(model.stage.donor.folder) if model.stage.tokenizer is None else model.stage.tokenizer
+    return tokenizer_files(model.folder)
+
+
+def _generation(first: Checkpoint | Planned, vocabulary: Vocabulary) -> dict[str, bytes]:
+    """The generation_config.json of the first model, where the ids of its special tokens are others now."""
+    file = (first.stage.donor if isinstance(first, Planned) else first).folder / GENERATION
+    try:
+        said = json.loads(file.read_bytes()) if vocabulary.moved else {}
+    except (OSError, ValueError):
+        said = {}
+    changes = vocabulary.token_ids(said)
+    return {GENERATION: json.dumps(said | changes, indent=2).encode()} if changes else {}
 
 
 def _warn_of_filters(document: Document, jobs: Sequence[Job]) -> None:

@@ -13,16 +13,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from . import marked
+from .cards import Card, card_of
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.header import LONGEST_JSON, open_regular
-from .checkpoint.sidecars import CARD
 from .configs import stated
-from .errors import CheckpointError, FastmergeError, FastmergeWarning, RecipeError
+from .errors import CheckpointError, FastmergeError, FastmergeWarning
 from .methods import Method, Value
 from .parameters import Parameters
-from .planner import plan
+from .planner import Plan, plan
 from .recipe import Document, Model, Recipe
+from .sources.adapter import CONFIG as ADAPTER_CONFIG
+from .sources.adapter import Adapter, open_adapter
+from .sources.lora import Adapted
 
 
 class Findings(NamedTuple):
@@ -44,8 +46,7 @@ def check(path: Path, out: Path | None = None) -> Findings:
         try:
             recipe = Recipe.load(path)
             made = plan(recipe)
-            models = (model for stage in made.stages for model in stage.models)
-            fetched = {model.name: model.folder for model in models if isinstance(model, Checkpoint) and model.commit}
+            fetched = _fetched(made)
             if out is not None and (fault := crowded(out, made.bytes_written)):
                 errors.append(fault)
         except FastmergeError as error:
@@ -57,40 +58,68 @@ def check(path: Path, out: Path | None = None) -> Findings:
     return Findings(errors, list(dict.fromkeys([*(str(each.message) for each in told), *odd])))
 
 
+def before(recipe: Recipe) -> Iterator[str]:
+    """What `oddities` finds where models from the hub are fetched first. Raises what planning raises."""
+    models = [model for document in recipe.documents for model in document.models]
+    fetches = any(half.repository for model in models for half in (model, model.adapter) if half)
+    yield from oddities(recipe, _fetched(plan(recipe)) if fetches else {})
+
+
+def _fetched(made: Plan) -> dict[str, Path]:
+    models = [model for stage in made.stages for model in stage.models]
+    halves = [(model.base, model.adapter) if isinstance(model, Adapted) else (model,) for model in models]
+    known = (half for each in halves for half in each if isinstance(half, Checkpoint | Adapter))
+    return {half.name: half.folder for half in known if half.commit}
+
+
 def oddities(recipe: Recipe, fetched: Mapping[str, Path] = MappingProxyType({})) -> Iterator[str]:
     """What planning has no eye for, from the recipe and the small files beside the weights; `fetched` are the folders
     of models from the hub, by name, which are left out elsewhere. What cannot be read is passed over."""
     for document in recipe.documents:
         yield from suspicious(document)
     named = {document.name: document for document in recipe.documents}
+    needed = {model.name for document in recipe.documents for model in document.models}
     folders: dict[Model, Path] = {}
-    leaves = list(dict.fromkeys(_leaves(recipe.documents[-1], named)))
-    for model in leaves:
-        if (folder := fetched.get(model.name) if model.path is None else model.path) is not None:
-            folders[model] = folder if os.path.isdir(folder) else folder.parent
-    if leaves[0] in folders:
-        first = beside(_called(leaves[0]), folders[leaves[0]])
-        for model in leaves[1:]:
-            if model in folders:
-                yield from differences(first, beside(_called(model), folders[model]))
-    cards = {
-        model: front_matter(_read(folder / CARD, _LONGEST_CARD).decode("utf-8-sig", "replace"))
-        for model, folder in folders.items()
-    }
+    for document in recipe.documents:
+        leaves = list(dict.fromkeys(_leaves(document, named)))
+        for model in (*leaves, *(model.adapter for model in document.models if model.adapter)):
+            if (folder := fetched.get(model.name) if model.path is None else model.path) is not None:
+                folders[model] = folder if os.path.isdir(folder) else folder.parent
+        if document.name not in needed and leaves[0] in folders:
+            first, *others = [beside(_called(model), folders[model]) for model in leaves if model in folders]
+            for other in others:
+                yield from differences(first, other, *_made(recipe.documents))
+    cards = {model: card_of(folder) for model, folder in folders.items()}
     yield from licences({_called(model): card for model, card in cards.items()})
     for document in recipe.documents:
+        for model in document.models:
+            adapter, whole = model.adapter, model._replace(adapter=None)
+            if adapter in folders and whole in folders:
+                config = _object(_read(folders[adapter] / ADAPTER_CONFIG))
+                yield from adapted(config, _called(adapter), _called(whole), aliases(whole, folders[whole]))
         base = document.base_model
         if base in folders and document.method.base.apart:
             known = {_called(model): cards[model].bases for model in document.models if model in cards}
             yield from lineage(_called(base), aliases(base, folders[base]), known)
 
 
+def _made(documents: Sequence[Document]) -> tuple[bool, bool]:
+    """Whether the recipe says which tokenizer the output has, and which chat template."""
+    settings = [document.tokenizer for document in documents if document.tokenizer]
+    templates = any(document.chat_template is not None for document in documents)
+    return bool(settings), templates or any(isinstance(setting.source, int) for setting in settings)
+
+
 def unreadable(recipe: Recipe) -> Iterator[str]:
     """Why models on disk cannot be opened, each that cannot."""
-    for model in dict.fromkeys(model for document in recipe.documents for model in document.models):
-        if model.path is not None:
+    models = [model for document in recipe.documents for model in document.models]
+    opens = {model.path: open_checkpoint for model in models} | {
+        model.adapter.path: open_adapter for model in models if model.adapter
+    }
+    for path, open_ in opens.items():
+        if path is not None:
             try:
-                open_checkpoint(model.path)
+                open_(path)
             except CheckpointError as error:
                 yield str(error)
 
@@ -110,7 +139,7 @@ def _leaves(document: Document, named: Mapping[str | None, Document]) -> Iterato
         if model.path is None and model.repository is None:
             yield from _leaves(named[model.name], named)
         else:
-            yield model
+            yield model._replace(adapter=None)
 
 
 def _called(model: Model) -> str:
@@ -194,25 +223,38 @@ def beside(name: str, folder: Path) -> Beside:
     )
 
 
-def differences(first: Beside, other: Beside) -> Iterator[str]:
+def differences(first: Beside, other: Beside, tokenizer: bool = False, template: bool = False) -> Iterator[str]:
     """Where another model has a different config, tokenizer or chat template than the first, which gives those of the
-    output. Keys of a config that change the maths are planning's to compare."""
+    output, but for a `tokenizer` or `template` that the recipe asks for. Keys of a config that change the maths are
+    planning's to compare."""
     pair = f"{first.name!r} and {other.name!r}"
     for key in _CONFIG:
+        if tokenizer and key == "vocab_size":
+            continue
         ours, theirs = stated(first.config, key), stated(other.config, key)
         if None not in (ours, theirs) and ours != theirs:
             yield f"the configs of {pair} have {key} {ours!r} and {theirs!r}: they may not be of one family; check them"
+    if not tokenizer:
+        yield from _other_tokens(first, other, pair)
+    if template:
+        return
+    if other.template and not first.template:
+        fault = f"{first.name!r} has no chat template, unlike {other.name!r}, so the output has none"
+        yield f"{fault}; `chat_template: auto` in the recipe takes that of most models"
+    elif other.template and first.template != other.template:
+        fault = f"the chat templates of {pair} differ: the output has that of {first.name!r}"
+        yield f"{fault}; `chat_template` in the recipe says which you want"
+
+
+def _other_tokens(first: Beside, other: Beside, pair: str) -> Iterator[str]:
+    remedy = "`tokenizer_source` in the recipe says which you want, or a union"
     if first.tokenizer and other.tokenizer and (how := tokenizers_differ(first.tokenizer, other.tokenizer)):
-        meaning = f"a token may not mean the same in both; the output has the tokenizer of {first.name!r}"
-        yield f"the tokenizers of {pair} differ ({how}): {meaning}"
+        meaning = f"a token may not mean the same in both, and the output has the tokenizer of {first.name!r}"
+        yield f"the tokenizers of {pair} differ ({how}): {meaning}; {remedy}"
     for role in _ROLES:
         if role in first.tokens and role in other.tokens and first.tokens[role] != other.tokens[role]:
             values = f"{first.tokens[role]!r} and {other.tokens[role]!r}"
-            yield f"the tokenizers of {pair} have {role} {values}: the output has that of {first.name!r}"
-    if other.template and not first.template:
-        yield f"{first.name!r} has no chat template, unlike {other.name!r}, so the output has none; copy one into it"
-    elif other.template and first.template != other.template:
-        yield f"the chat templates of {pair} differ: the output has that of {first.name!r}; copy the one that you want"
+            yield f"the tokenizers of {pair} have {role} {values}: the output has that of {first.name!r}; {remedy}"
 
 
 def tokenizers_differ(first: bytes, other: bytes) -> str:
@@ -232,7 +274,6 @@ def tokenizers_differ(first: bytes, other: bytes) -> str:
 _CONFIG = ("architectures", "hidden_size", "vocab_size", "tie_word_embeddings")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PER_CALL = ("version", "truncation", "padding")
-_LONGEST_CARD = 100_000  # bytes of a README.md that are read
 
 
 def _tokens(tokenizer: dict[str, Any]) -> int:
@@ -251,42 +292,15 @@ def _object(data: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read(path: Path, most: int = LONGEST_JSON) -> bytes:
+def _read(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
-            return file.read(min(most, os.fstat(file.fileno()).st_size))
+            return file.read(min(LONGEST_JSON, os.fstat(file.fileno()).st_size))
     except (CheckpointError, OSError):
         return b""
 
 
 # --- cards ---
-
-
-class Card(NamedTuple):
-    """What the front matter of a model's README.md says."""
-
-    licence: str
-    bases: tuple[str, ...]
-
-
-def front_matter(text: str) -> Card:
-    """The card of a README.md; one that says nothing where that cannot be read."""
-    matter = re.match(r"---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
-    try:
-        root, *_ = marked.documents(matter[1] if matter else "", "README.md")
-        entries = root.mapping()
-        said = {
-            key: [item.value for item in (at.items() if isinstance(at.value, list) else [at])]
-            for key, at in entries.items()
-            if key in ("license", "license_name", "base_model")
-        }
-    except (RecipeError, ValueError):
-        return Card("", ())
-    texts = {key: [value for value in values if isinstance(value, str) and value] for key, values in said.items()}
-    licence = texts.get("license", [])
-    if licence == ["other"]:
-        licence = texts.get("license_name", licence)
-    return Card(" and ".join(licence).lower(), tuple(texts.get("base_model", ())))
 
 
 def licences(cards: Mapping[str, Card]) -> Iterator[str]:
@@ -310,6 +324,14 @@ def lineage(base: str, known_as: frozenset[str], bases: Mapping[str, Sequence[st
         if model != base and named and not known_as & {_tail(name) for name in named}:
             fault = f"the card of {model!r} names {' and '.join(map(repr, named))} as its base, and the recipe {base!r}"
             yield f"{fault}: where these are two models, its delta is more than its fine-tuning; check base_model"
+
+
+def adapted(config: Mapping[str, Any], adapter: str, base: str, known_as: frozenset[str]) -> Iterator[str]:
+    """An adapter whose adapter_config.json names a base that is none of the names of the one that it is added to."""
+    named = config.get("base_model_name_or_path")
+    if isinstance(named, str) and named and _tail(named) not in known_as:
+        fault = f"the adapter {adapter!r} was trained on {named!r}, and the recipe adds it to {base!r}"
+        yield f"{fault}: where these are two models, it may do little good there; check what is before the +"
 
 
 def aliases(model: Model, folder: Path) -> frozenset[str]:

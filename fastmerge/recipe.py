@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from .errors import FastmergeWarning, RecipeError
 from .marked import Marked, meant, printable
 from .methods import METHODS, Base, Method
 from .parameters import Parameters, Setting, read_parameters
+from .vocabulary.setting import TokenizerSetting, read_tokenizer
+from .vocabulary.templates import read_chat_template
 
 #: The dtypes that a recipe may name, and their safetensors names.
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
@@ -22,14 +24,19 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F6
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A merge as the user wrote it: `documents` in the order in which they are needed, the result last."""
+    """A merge as the user wrote it: `documents` in the order in which they are needed, the result last. `again` is what
+    to ask fastmerge for when that is not to merge its text."""
 
     text: str
     documents: tuple[Document, ...]
+    again: str = ""
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Reads a recipe from a file. Raises `RecipeError`; a `FastmergeWarning` names what has no effect."""
+    def load(cls, path: str | os.PathLike[str], *, every: bool = False) -> Recipe:
+        """Reads a recipe from a file. Raises `RecipeError`; a `FastmergeWarning` names what has no effect.
+
+        With `every`, each of its documents is one to merge, and none needs to be the result.
+        """
         try:
             with open(path, "rb") as file:
                 data = file.read(marked.LARGEST + 1)
@@ -37,13 +44,15 @@ class Recipe:
         except (OSError, ValueError) as error:
             reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
             raise RecipeError(f"cannot read the recipe {str(path)!r}: {reason}") from None
-        return cls.parse(text, str(path), Path(path).parent)
+        return cls.parse(text, str(path), Path(path).parent, every=every)
 
     @classmethod
-    def parse(cls, text: str, name: str = "recipe", folder: str | os.PathLike[str] = "") -> Recipe:
+    def parse(
+        cls, text: str, name: str = "recipe", folder: str | os.PathLike[str] = "", *, every: bool = False
+    ) -> Recipe:
         """Reads a recipe from a text; `name` is what errors call it. Models are looked for from the current directory,
         then from `folder`."""
-        return cls(text, _documents(text, printable(name), Path(folder)))
+        return cls(text, _documents(text, printable(name), Path(folder), every))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +67,14 @@ class Document:
     dtype: str | None
     out_dtype: str | None
     seed: int | None
+    tokenizer: TokenizerSetting | None
+    chat_template: str | None
     place: str
 
     @property
     def models(self) -> tuple[Model, ...]:
         """Every model that the document names, once each, `base_model` first."""
-        sources = (source.model for module in self.modules for slice_ in module.slices for source in slice_.sources)
-        return tuple(dict.fromkeys((*(() if self.base_model is None else (self.base_model,)), *sources)))
+        return _named(self.base_model, self.modules)
 
     @property
     def settings(self) -> Iterator[Setting]:
@@ -115,11 +125,17 @@ class Entry:
 
 class Model(NamedTuple):
     """A model by the name that the recipe gives it: what lies at `path`, or a `repository` on the hub, or, with
-    neither, the document of that name."""
+    neither, the document of that name; with the LoRA `adapter` that the recipe adds to it, which is found likewise."""
 
     name: str
     path: Path | None
     repository: Repository | None = None
+    adapter: Model | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole name, its adapter's too."""
+        return self.name if self.adapter is None else f"{self.name}+{self.adapter.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +153,9 @@ _FIELDS = (
     "name merge_method models slices modules base_model dtype out_dtype parameters seed"
     " tokenizer tokenizer_source chat_template"
 )
-_LATER = {
-    "tokenizer": "leave it out where the models' vocabularies are the same",
-    "tokenizer_source": "leave it out where the models' vocabularies are the same",
-    "chat_template": "leave it out, and the base's template is copied",
-}
 
 
-def _documents(text: str, file: str, folder: Path) -> tuple[Document, ...]:
+def _documents(text: str, file: str, folder: Path, every: bool) -> tuple[Document, ...]:
     roots = marked.documents(text, file)
     if not roots:
         raise RecipeError("the recipe is empty; it needs at least merge_method and models", file)
@@ -157,14 +168,16 @@ def _documents(text: str, file: str, folder: Path) -> tuple[Document, ...]:
         if at is not None and name in names:
             raise at.error(f"a document named {name!r} is already at {names[name].place}; rename one")
         names[name] = at or root
-    if len(roots) > 1 and None not in names:
-        raise roots[0].error("each document has a name; leave it out of the one that is the result")
+    if len(roots) > 1 and None not in names and not every:
+        fault = "each document has a name; leave it out of the one that is the result"
+        raise roots[0].error(f"{fault}, or keep the models of all with `fastmerge multi --intermediate-dir`")
     models = _Models(frozenset(name for name in names if name is not None), folder, {})
-    return _by_need({document.name: document for document in (_document(root, models) for root in roots)})
+    return _by_need({document.name: document for document in (_document(root, models) for root in roots)}, every)
 
 
-def _by_need(named: Mapping[str | None, Document]) -> tuple[Document, ...]:
-    """The documents that the result needs, each after those it needs itself; it has no name, or is alone."""
+def _by_need(named: Mapping[str | None, Document], every: bool) -> tuple[Document, ...]:
+    """The documents that the result needs, each after those it needs itself; it has no name, or is alone. With `every`,
+    all of them, the one without a name last."""
     done: dict[str | None, Document] = {}
 
     def visit(document: Document, path: tuple[str | None, ...]) -> None:
@@ -177,9 +190,11 @@ def _by_need(named: Mapping[str | None, Document]) -> tuple[Document, ...]:
                     visit(named[model.name], (*path, document.name))
             done[document.name] = document
 
-    visit(named.get(None) or next(iter(named.values())), ())
+    *others, last = sorted(named.values(), key=lambda document: document.name is None)
+    for document in (*others, last) if every else (last,):
+        visit(document, ())
     needed = tuple(done.values())
-    for document in named.values():
+    for document in others:
         visit(document, ())
     for extra in tuple(done.values())[len(needed) :]:
         fault = f"nothing needs the document {extra.name!r}; it is left out"
@@ -189,9 +204,6 @@ def _by_need(named: Mapping[str | None, Document]) -> tuple[Document, ...]:
 
 def _document(at: Marked, models: _Models) -> Document:
     fields = at.fields(_FIELDS.split())
-    for key, remedy in _LATER.items():
-        if key in fields:
-            raise fields[key].error(f"{key} is not supported yet; {remedy}")
     if "merge_method" not in fields:
         raise at.error(f"merge_method is missing; it is one of {', '.join(METHODS)}")
     method = _method(fields["merge_method"])
@@ -213,8 +225,15 @@ def _document(at: Marked, models: _Models) -> Document:
         dtype=_dtype(fields.get("dtype")),
         out_dtype=_dtype(fields.get("out_dtype")),
         seed=fields["seed"].integer() if "seed" in fields else None,
+        tokenizer=read_tokenizer(fields, models.find, _named(base, modules)),
+        chat_template=read_chat_template(fields),
         place=at.place,
     )
+
+
+def _named(base: Model | None, modules: Sequence[Module]) -> tuple[Model, ...]:
+    sources = (source.model for module in modules for slice_ in module.slices for source in slice_.sources)
+    return tuple(dict.fromkeys((*(() if base is None else (base,)), *sources)))
 
 
 def _method(at: Marked) -> Method:
@@ -273,7 +292,7 @@ class _Reader:
             count, wanted = len(source.numbers), len(sources[0].numbers)
             if count != wanted:
                 raise RecipeError(
-                    f"layer_range has {count} layers where that of {sources[0].model.name!r} has {wanted};"
+                    f"layer_range has {count} layers where that of {sources[0].model.text!r} has {wanted};"
                     " the sources of a slice need the same number",
                     source.place,
                 )
@@ -298,7 +317,7 @@ class _Reader:
         models: list[Model | None] = [source.model for source in sources]
         for place, source in enumerate(sources):
             if source.model in models[:place]:
-                raise RecipeError(f"the model {source.model.name!r} is here twice; it takes part once", source.place)
+                raise RecipeError(f"the model {source.model.text!r} is here twice; it takes part once", source.place)
         needed = method.base is not Base.INPUT and (method.base is not Base.OPTIONAL or base is not None)
         if needed and base not in models:
             where = "and where layers are sliced it is one of the sources of each slice"
@@ -347,33 +366,58 @@ class _Models:
 
     def find(self, at: Marked) -> Model:
         if isinstance(at.value, dict):
-            raise at.error(f"this must be text, not a mapping; {_instead(at.mapping())}")
+            return self.apart(at)
         name = at.text()
-        if name in self.documents:
-            return Model(name, None)
+        if (model := self.known(name, at)) is not None:
+            return model
+        base, plus, adapter = name.partition("+")
+        if "+" in adapter:
+            apart = "{model: {path: ...}, lora: {path: ...}}"
+            raise at.error(f"there is no folder {name!r}, and it has more than one +: write {apart} in its place")
+        if not plus:
+            raise at.error(f"there is no file or folder {name!r}")
+        model, lora = self.known(base, at), self.stored(adapter, at)
+        if model is None or lora is None:
+            half = base if model is None else adapter
+            raise at.error(f"there is no file or folder {name!r}, and no {half!r} either")
+        return model._replace(adapter=lora)
+
+    def apart(self, at: Marked) -> Model:
+        """mergekit's long form, in which a path may hold any character: {model: {path, revision}, lora: ...}."""
+        fields = at.fields(("model", "lora", "override_architecture"))
+        if "model" not in fields:
+            raise at.error("model is missing; it is a folder, a hub id, or {path: ..., revision: ...}")
+        if "override_architecture" in fields:
+            fault = "override_architecture has no effect: tensors go by their names, and config.json keeps its own"
+            warnings.warn(f"{fields['override_architecture'].place}: {fault}", FastmergeWarning, stacklevel=2)
+        model = self.half(fields["model"], self.documents)
+        return model._replace(adapter=self.half(fields["lora"])) if "lora" in fields else model
+
+    def half(self, at: Marked, documents: Collection[str] = ()) -> Model:
+        """One of the two in the long form, a text or {path, revision}."""
+        fields = at.fields(("path", "revision")) if isinstance(at.value, dict) else {"path": at}
+        if "path" not in fields:
+            raise at.error("path is missing; it is a folder or a hub id")
+        path, revision = fields["path"], fields.get("revision")
+        name = path.text()
+        wanted = None if revision is None else revision.text()
+        model = Model(name, None) if name in documents else self.stored(name, path, wanted)
+        if model is None:
+            raise path.error(f"there is no file or folder {name!r}")
+        if revision is not None and model.repository is None:
+            fault = f"revision has no effect: {name!r} is not taken from the hub"
+            warnings.warn(f"{revision.place}: {fault}", FastmergeWarning, stacklevel=2)
+        return model
+
+    def known(self, name: str, at: Marked) -> Model | None:
+        document, _, _ = name.partition("@")  # of which there is one revision, whatever a recipe says
+        return Model(document, None) if document in self.documents else self.stored(name, at)
+
+    def stored(self, name: str, at: Marked, revision: str | None = None) -> Model | None:
+        """What is on disk or may be on the hub under a name."""
         for path in (Path(name), self.folder / name):
-            if os.path.exists(path):
+            if name and os.path.exists(path):
                 return self.found.setdefault(os.path.realpath(path), Model(name, path))
-        if hub := _HUB_ID.fullmatch(name):
-            return Model(name, None, Repository(hub["id"], hub["revision"], at.place))
-        raise at.error(_absent(name))
-
-
-def _instead(fields: Mapping[str, Marked]) -> str:
-    """What to do about mergekit's long form of a model, {model: {path, revision}, lora}."""
-    if "model" in fields and isinstance(fields["model"].value, dict):
-        fields = {**fields, **fields["model"].mapping()}
-    if "lora" in fields and fields["lora"].value is not None:
-        return "lora is not supported yet, fuse it first and write that folder"
-    path, revision = fields.get("path", fields.get("model")), fields.get("revision")
-    if path is None:
-        return "write the folder of the model"
-    at = "" if revision is None or revision.value is None else f"@{revision.text()}"
-    return f"write {path.text() + at!r} in its place"
-
-
-def _absent(name: str) -> str:
-    """Why a name is no model, with what to do about it."""
-    if "+" in name:
-        return f"there is no folder {name!r}, and LoRA adapters (base+adapter) are not supported yet; fuse it first"
-    return f"there is no file or folder {name!r}"
+        full = name if revision is None else f"{name}@{revision}"
+        hub = _HUB_ID.fullmatch(full)
+        return Model(full, None, Repository(hub["id"], hub["revision"], at.place)) if hub else None

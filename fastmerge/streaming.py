@@ -99,6 +99,8 @@ class Streamer:
 
     def takes(self, job: Job) -> bool:
         """Whether a job can go this way."""
+        if job.gather is not None:
+            return False
         return self.reader.raw(job) or (not job.direct and self.ops.dtypes.issuperset(self.reader.dtypes(job)))
 
     def swept(self, jobs: Sequence[Job]) -> Generator[tuple[Job, Found], None, None]:

@@ -301,6 +301,20 @@ def test_an_unknown_backend_is_named() -> None:
         merged(LINEAR, backend="gpu")
 
 
+@pytest.mark.usefixtures("models")
+def test_nuslerp_is_not_fused_by_columns_alone() -> None:
+    rows, columns = (
+        "merge_method: nuslerp\nmodels: [model: a, model: b]\nparameters: {weight: 1, nuslerp_flatten: false"
+        f", nuslerp_row_wise: {by_columns}}}\n"
+        for by_columns in ("false", "true")
+    )
+    merged(rows, backend="cpu")
+    says = r"nuslerp by columns \(nuslerp_row_wise: true\) is not fused and runs by torch alone, not by cpu"
+    with pytest.raises(BackendError, match=says):
+        merged(columns, "columns", backend="cpu")
+    assert not Path("columns").exists()
+
+
 # --- measures ---
 
 

@@ -118,7 +118,8 @@ class Hub:
         if name not in commit.files:
             return HTTPStatus.NOT_FOUND, headers | {"X-Error-Code": "EntryNotFound"}, b""
         content = commit.files[name]
-        return HTTPStatus.OK, headers | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content
+        digest = hashlib.sha256 if name.endswith(".safetensors") else hashlib.sha1  # as of large files and of small
+        return HTTPStatus.OK, headers | {"ETag": f'"{digest(content).hexdigest()}"'}, content
 
 
 def single(seed: int) -> dict[str, bytes]:
@@ -131,7 +132,7 @@ def single(seed: int) -> dict[str, bytes]:
         "model.safetensors": save(tensors(seed)),
         "pytorch_model.bin": b"pickled",
         "modeling_x.py": b"raise SystemExit",
-        "README.md": b"theirs",
+        "README.md": b"---\nlicense: mit\n---\ntheirs",
         "original/tokenizer.model": b"theirs",
         "onnx/model.safetensors": b"theirs",
     }
@@ -233,17 +234,45 @@ def test_a_merge_of_two_ids_is_that_of_their_folders(hub: Hub) -> None:
 
 def test_only_what_a_merge_reads_is_fetched(hub: Hub) -> None:
     merged("org/base", "org/math", hub.url)
-    wanted = {f"org/base/{name}" for name in BESIDE + SHARDS}
-    assert hub.given == wanted | {f"org/math/{name}" for name in (*BESIDE, "model.safetensors")}
+    wanted = {f"org/base/{name}" for name in (*BESIDE, *SHARDS, "README.md")}
+    assert hub.given == wanted | {f"org/math/{name}" for name in (*BESIDE, "model.safetensors", "README.md")}
 
 
-def test_the_card_names_models_and_commits_and_the_recipe_stays(hub: Hub) -> None:
+def test_the_card_names_models_commits_and_hashes_and_the_recipe_stays(hub: Hub) -> None:
     files = merged("org/base", "org/math@old/style", hub.url)
     card = files["README.md"].decode()
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["org/base", "org/math"]
-    assert f"- `org/base` (base), commit `{'a1' * 20}`\n" in card
-    assert f"- `org/math@old/style`, commit `{'c3' * 20}`\n" in card
+    matter = yaml.safe_load(card.split("---\n")[1])
+    assert (matter["base_model"], matter["license"]) == (["org/base", "org/math"], "mit")
+    weights = single(2)["model.safetensors"]
+    assert f"- `org/base` (base), commit `{'a1' * 20}`\n  - `model-00001-of-00002.safetensors`, " in card
+    assert (
+        f"- `org/math@old/style`, commit `{'c3' * 20}`\n"
+        f"  - `model.safetensors`, {len(weights):,} bytes, sha256 `{hashlib.sha256(weights).hexdigest()}`\n"
+    ) in card
     assert files["mergekit_config.yml"].decode() == RECIPE.format("org/base", "org/math@old/style")
+
+
+def test_what_the_card_says_of_commits_gives_the_same_again_when_a_model_has_moved_on(hub: Hub) -> None:
+    before = merged("org/base", "org/math", hub.url)
+    moved, was = Commit("e5" * 20, "main", single(3)), MODELS["org/math"][0]._replace(branch="")
+    hub.models = {**MODELS, "org/math": [moved, was]}
+    assert merged("org/base", "org/math", hub.url, "moved")["model.safetensors"] != before["model.safetensors"]
+    base, math = re.findall(r"`(org/\w+@\w+)`", before["README.md"].decode().splitlines()[-1])
+    assert merged(base, math, hub.url, "again")["model.safetensors"] == before["model.safetensors"]
+
+
+def test_a_model_without_a_card_is_merged_into_one_without_a_licence(hub: Hub) -> None:
+    files = {name: content for name, content in single(1).items() if name != "README.md"}
+    hub.models = {**MODELS, "org/math": [Commit("b2" * 20, "main", files)]}
+    card = merged("org/base", "org/math", hub.url)["README.md"].decode()
+    assert "license" not in yaml.safe_load(card.split("---\n")[1])
+
+
+def test_cards_of_models_from_the_hub_are_looked_at_before_a_merge(hub: Hub) -> None:
+    files = single(1) | {"README.md": b"---\nlicense: gpl\n---\n"}
+    hub.models = {**MODELS, "org/math": [Commit("b2" * 20, "main", files)]}
+    ended = run(RECIPE.format("org/base", "org/math"), hub.url, "out")
+    assert "warning: the licences of the models differ: 'org/base' has mit, 'org/math' has gpl" in ended.stderr
 
 
 @pytest.mark.parametrize("revision", ["old/style", "c3" * 20], ids=["branch", "commit"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from fastmerge import cli
 
@@ -142,7 +143,101 @@ def test_no_input_is_replaced(arguments: list[str]) -> None:
     assert sorted(os.listdir()) == ["a", "b", "c", "kept", "staged.yml"]
 
 
-def test_the_result_needs_a_place() -> None:
+# --- documents that nothing needs, and names for all ---
+
+EXTRA = """\
+---
+name: extra
+merge_method: linear
+models: [{model: second, parameters: {weight: 1}}, {model: c, parameters: {weight: 1}}]
+"""
+ALL_NAMED = STAGED.replace("---\nmerge_method", "---\nname: last\nmerge_method")
+
+
+def test_a_document_that_nothing_needs_is_merged_where_models_are_kept(merged: dict[str, bytes]) -> None:
+    Path("staged.yml").write_text(STAGED + EXTRA)
+    ended = run("multi", "staged.yml", "--out-path", "out", "-I", "between")
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert sorted(os.listdir("between")) == ["extra", "first", "second"]
+    assert files("out")["model.safetensors"] == merged["model.safetensors"]
+    second, c, extra = (load_file(f"{place}/model.safetensors") for place in ("between/second", "c", "between/extra"))
+    for name, tensor in extra.items():
+        np.testing.assert_allclose(tensor, (second[name] + c[name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_a_document_that_nothing_needs_is_left_out_where_none_is_kept() -> None:
+    Path("staged.yml").write_text(STAGED + EXTRA)
+    ended = run("multi", "staged.yml", "--out-path", "out")
+    assert ended.exit_code == 0
+    assert ended.stderr == "warning: staged.yml:17: nothing needs the document 'extra'; it is left out\n"
+    assert Path("out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", [[], ["--out-path", "out"]], ids=["without", "with"])
+def test_where_all_have_a_name_all_are_kept_by_it(option: list[str], merged: dict[str, bytes]) -> None:
+    Path("staged.yml").write_text(ALL_NAMED)
+    ended = run("multi", "staged.yml", "-I", "between", *option)
+    assert ended.exit_code == 0
+    assert ended.stderr == ("--out-path: not needed, each document has a name to keep its model by\n" if option else "")
+    assert sorted(os.listdir("between")) == ["first", "last", "second"]
+    assert files("between/last")["model.safetensors"] == merged["model.safetensors"]
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", [["merge", "staged.yml", "out"], ["multi", "staged.yml", "--out-path", "out"]])
+def test_where_all_have_a_name_none_is_the_result(command: list[str]) -> None:
+    Path("staged.yml").write_text(ALL_NAMED)
+    ended = run(*command)
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("error: staged.yml:1: each document has a name; leave it out of the one that is the")
+    assert ended.stderr.endswith("keep the models of all with `fastmerge multi --intermediate-dir`\n")
+
+
+def test_an_adapter_may_be_added_to_the_model_of_a_document() -> None:
+    Path("lora").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["w"]}
+    Path("lora/adapter_config.json").write_text(json.dumps(config))
+    halves = {"A": np.ones((2, 16), np.float32), "B": np.ones((8, 2), np.float32)}
+    tensors = {f"base_model.model.layers.0.w.lora_{half}.weight": values for half, values in halves.items()}
+    save_file(tensors, "lora/adapter_model.safetensors")
+    for name in "ab":
+        save_file({"layers.0.w.weight": np.ones((8, 16), np.float32)}, f"{name}/model.safetensors")
+    Path("staged.yml").write_text(
+        "name: first\nmerge_method: linear\nmodels: [model: a, model: b]\nparameters: {weight: 1}\n"
+        "---\nmerge_method: passthrough\nmodels: [model: first+lora]\n"
+    )
+    for out, option in (("out", []), ("kept", ["-I", "between"])):
+        ended = run("multi", "staged.yml", "--out-path", out, *option)
+        assert ended.exit_code == 0, ended.output
+        assert (load_file(f"{out}/model.safetensors")["layers.0.w.weight"] == 1 + 2 * 2).all()
+    ended = run("multi", "staged.yml", "--out-path", "lora", "-I", "between")
+    assert "the output folder lora is an input" in ended.stderr
+
+
+def test_the_oddities_of_every_document_are_told() -> None:
+    Path("b/tokenizer.json").write_text('{"model_type": "gpt2"}')
+    Path("staged.yml").write_text(f"name: last\n{STAGED.partition(chr(10))[2].partition('---')[0]}")
+    ended = run("multi", "staged.yml", "-I", "between")
+    assert "warning: the tokenizers of 'a' and 'b' differ" in ended.stderr
+
+
+def test_the_models_need_a_place() -> None:
     ended = run("multi", "staged.yml")
     assert ended.exit_code == 2
-    assert "Missing option '--out-path'" in ended.stderr
+    assert "the models need a folder: --out-path for the result, or --intermediate-dir for all" in ended.stderr
+
+
+def test_the_result_needs_a_place() -> None:
+    ended = run("multi", "staged.yml", "-I", "between")
+    assert ended.exit_code == 2
+    assert ended.stderr == (
+        "error: staged.yml:8: this document has no name, so say with --out-path where its model goes\n"
+    )
+    assert not Path("between").exists()
+
+
+def test_no_two_models_have_one_place() -> None:
+    ended = run("multi", "staged.yml", "-I", "between", "--out-path", "between/first")
+    assert ended.exit_code == 2
+    assert "the output folder between/first is an input: choose another" in ended.stderr
+    assert not Path("between").exists()

@@ -374,6 +374,15 @@ def test_the_output_has_the_recipes_dtype_or_one_that_holds_all_inputs(
     assert {job.dtype for job in jobs(LINEAR + settings).values()} == {output}
 
 
+def test_nested_configs_that_say_a_dtype_say_the_one_that_is_written() -> None:
+    text = {"hidden_size": 4, "torch_dtype": "float32"}
+    save("a", llama(1), {"text_config": text, "vision_config": {"depth": 1}, "dtype": "float32"})
+    assert stage(PASSTHROUGH + "dtype: bfloat16").config_changes == {
+        "dtype": "bfloat16",
+        "text_config": {**text, "torch_dtype": "bfloat16"},
+    }
+
+
 def test_the_config_says_the_dtype_that_is_written() -> None:
     save("a", llama(dtype="BF16"), {"num_hidden_layers": 5, "dtype": "bfloat16"})
     save("b", llama(dtype="BF16"))
@@ -469,9 +478,11 @@ def test_embeddings_come_from_the_first_slice_and_the_head_from_the_last() -> No
     [
         (("wte.weight", "wpe.weight"), True),
         (("embeddings.LayerNorm.weight", "gpt_neox.embed_in.weight", "tok_embeddings.weight"), True),
+        (("shared.weight", "conv1.weight", "vision_model.pre_layrnorm.bias", "cls_token"), True),
         (("ln_f.weight", "embed_out.weight", "unembed.weight", "score.weight", "output.weight"), False),
+        (("post_layernorm.weight", "logit_scale", "proj_out.weight", "final_conv.weight"), False),
     ],
-    ids=["gpt2", "embeddings", "heads"],
+    ids=["gpt2", "embeddings", "stems", "heads", "rest"],
 )
 def test_which_tensors_outside_the_layers_come_before_them(names: tuple[str, ...], before: bool) -> None:
     tensors: Tensors = {f"h.{n}.w": ("F32", (2,)) for n in range(5)} | dict.fromkeys(names, ("F32", (2,)))
@@ -507,6 +518,87 @@ def test_a_nested_config_changes_as_a_whole_and_lists_follow_their_layers() -> N
             "layer_types": ["full0", "full1", "full2", "sliding1", "sliding2", "sliding3"],
         }
     }
+
+
+def test_every_key_that_counts_a_stack_changes() -> None:
+    tensors: Tensors = {
+        f"model.{part}.layers.{n}.w": ("F32", (2,)) for part in ("encoder", "decoder") for n in range(3)
+    }
+    counts = {"num_hidden_layers": 3, "encoder_layers": 3, "decoder_layers": 3, "torch_dtype": "float32"}
+    save("a", tensors, counts)
+    text = """
+merge_method: passthrough
+modules:
+  %s: {slices: [sources: [{model: a, layer_range: [0, 2]}]]}
+  default: {models: [model: a]}
+"""
+    assert stage(text % "encoder").config_changes == {"num_hidden_layers": 2, "encoder_layers": 2}
+    assert stage(text % "decoder").config_changes == {"decoder_layers": 2}
+
+
+def test_a_config_that_says_it_nested_and_flat_changes_in_both_places() -> None:
+    text = {"num_hidden_layers": 3, "layer_types": ["x", "y", "z"]}
+    tensors = llama(3) | {f"visual.blocks.{n}.w.weight": ("F32", (2,)) for n in range(3)}
+    save("a", tensors, {**text, "text_config": text, "vision_config": {"depth": 3}, "torch_dtype": "float32"})
+    sliced = "{slices: [sources: [{model: a, layer_range: [1, 3]}]]}"
+    made = stage(f"merge_method: passthrough\nmodules: {{visual: {{models: [model: a]}}, default: {sliced}}}")
+    now = {"num_hidden_layers": 2, "layer_types": ["y", "z"]}
+    assert made.config_changes == {**now, "text_config": now}
+
+
+def test_a_count_of_another_stack_is_left_alone() -> None:
+    tensors: Tensors = {f"{part}.block.{n}.w": ("F32", (2,)) for part in ("encoder", "decoder") for n in range(3)}
+    save("a", tensors, {"num_layers": 3, "torch_dtype": "float32"})
+    text = """
+merge_method: passthrough
+modules:
+  encoder: {models: [model: a]}
+  decoder: {slices: [sources: [{model: a, layer_range: [0, 2]}]]}
+"""
+    with pytest.warns(FastmergeWarning, match="no key of config.json counts the layers 'decoder.block' of 'a'"):
+        assert stage(text).config_changes == {}
+
+
+def test_layers_that_predict_further_tokens_are_neither_counted_nor_kept() -> None:
+    config = {"num_hidden_layers": 4, "num_nextn_predict_layers": 1, "torch_dtype": "float32"}
+    for name in ("a", "b"):
+        save(name, llama(5) | {"model.layers.4.eh_proj.weight": ("F32", (4, 8))}, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = stage(STACKED.replace("[1, 4]", "[2, 4]"))
+    assert made.config_changes == {"num_hidden_layers": 5, "num_nextn_predict_layers": 0}
+    assert not any("eh_proj" in job.name for job in made.jobs)
+
+
+def test_a_key_that_goes_by_layer_follows_or_is_warned_of() -> None:
+    for name in ("a", "b"):
+        save(name, llama(), {"num_hidden_layers": 5, "first_k_dense_replace": 2, "torch_dtype": "float32"})
+    with pytest.warns(FastmergeWarning, match="first_k_dense_replace in config.json of 'a' goes by the numbers of lay"):
+        assert stage(STACKED).config_changes == {"num_hidden_layers": 6}
+    assert stage(STACKED.replace("[1, 4]", "[2, 4]").replace("[0, 3]", "[1, 3]")).config_changes == {
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+    }
+
+
+def test_a_first_layer_unlike_the_others_is_warned_of_elsewhere() -> None:
+    for name in ("a", "b"):
+        tensors = without(llama(), "layers.0.input_layernorm")
+        save(name, tensors, {"num_hidden_layers": 5, "torch_dtype": "float32"})
+    with pytest.warns(FastmergeWarning, match=r"layer 3 of 'model.layers' will hold other tensors than in 'a'"):
+        planned(STACKED.replace("[1, 4]", "[0, 3]"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planned(STACKED)
+
+
+def test_what_the_first_layer_holds_for_all_stays_there() -> None:
+    shared = {"model.layers.0.self_attn.bias.weight": ("F32", (2,))}
+    for name in ("a", "b"):
+        save(name, llama() | shared, {"num_hidden_layers": 5})
+    made = jobs(STACKED.replace("[0, 3]", "[2, 4]").replace("[1, 4]", "[0, 2]"))
+    assert [name for name in made if name.endswith("self_attn.bias.weight")] == list(shared)
+    assert made[next(iter(shared))].inputs[0] == Source(0, next(iter(shared)))
 
 
 def test_a_config_that_counts_no_layers_is_warned_of() -> None:
@@ -558,6 +650,16 @@ def test_slices_need_one_stack_of_layers(tensors: Tensors, message: str) -> None
     save("a", tensors)
     text = "merge_method: passthrough\nslices: [sources: [{model: a, layer_range: [0, 1]}]]"
     assert message in refusal(text, RecipeError)
+
+
+def test_numbered_parts_that_hold_tensors_alone_are_no_layers() -> None:
+    projector: Tensors = {f"projector.{n}.weight": ("F32", (2,)) for n in (0, 2)}
+    save("a", llama(3) | projector, {"num_hidden_layers": 3})
+    made = jobs("merge_method: passthrough\nslices: [sources: [{model: a, layer_range: [1, 3]}]]")
+    assert {name for name in made if "layers" not in name} == {
+        *projector,
+        *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+    }
 
 
 # --- modules ---
@@ -616,6 +718,39 @@ def test_a_tensor_belongs_to_the_innermost_module() -> None:
     made = jobs(MODULES.replace("  decoder:", block + "  decoder:"))
     assert weights(made, "encoder.block") == [9.0] * 3
     assert weights(made, "encoder.final_norm") == [1.0]
+
+
+def test_mergekits_names_of_modules_mean_what_they_are_called_here() -> None:
+    tensors = llama(2) | {
+        f"visual.{part}.{n}.proj.weight": ("F32", (2,)) for part in ("blocks", "merger") for n in (0, 1)
+    }
+    save("a", tensors)
+    scaled = "{models: [{model: a, parameters: {weight: %s}}]}"
+    text = f"""
+merge_method: linear
+parameters: {{normalize: false}}
+modules:
+  text_decoder: {scaled % 1}
+  multi_modal_projector: {scaled % 2}
+  vision_tower: {scaled % 3}
+"""
+    made = jobs(text)
+    assert {name: weights({name: made[name]}, "")[0] for name in made} == {
+        name: 3.0 if "blocks" in name else 2.0 if "merger" in name else 1.0 for name in tensors
+    }
+
+
+@pytest.mark.usefixtures("towers")
+def test_a_head_that_no_module_covers_is_the_decoders() -> None:
+    part = "{models: [{model: c, parameters: {weight: %s}}]}"
+    save("c", {"lm_head.weight": ("F32", (2,)), **{f"{p}.block.0.w": ("F32", (2,)) for p in ("encoder", "decoder")}})
+    text = f"""
+merge_method: linear
+parameters: {{normalize: false}}
+modules: {{encoder: {part % 1}, decoder: {part % 2}}}
+"""
+    made = jobs(text)
+    assert (weights(made, "lm_head"), weights(made, "encoder")) == ([2.0], [1.0])
 
 
 @pytest.mark.usefixtures("models")
@@ -763,9 +898,9 @@ def test_tied_and_untied_embeddings_are_refused(text: str) -> None:
     assert "'lm_head.weight' is tied to the embeddings in 'a' and not in 'b': save both one way" in refusal(text)
 
 
-def test_a_head_that_one_model_lacks_is_refused_whatever_the_configs_say() -> None:
+def test_a_head_of_its_own_that_one_model_lacks_is_refused_whatever_the_configs_say() -> None:
     save("a", llama(head=False))
-    save("b", llama())
+    save("b", llama(), data={"lm_head.weight": b"\1" * 8 * 4 * 4})
     assert "'lm_head.weight' is tied to the embeddings in 'a' and not in 'b'" in refusal(LINEAR)
 
 
@@ -774,6 +909,33 @@ def test_tied_embeddings_stay_one_tensor(heads: tuple[bool, bool]) -> None:
     for name, head in zip("ab", heads, strict=True):
         save(name, llama(head=head), {"num_hidden_layers": 5, "tie_word_embeddings": True})
     assert list(jobs(LINEAR)) == list(llama(head=False))
+
+
+def test_a_tied_head_that_is_no_copy_stays_for_the_loader_to_judge() -> None:
+    for name in "ab":
+        data = {"lm_head.weight": b"\1" * 8 * 4 * 4}
+        save(name, llama(), {"num_hidden_layers": 5, "tie_word_embeddings": True}, data)
+    assert sorted(jobs(LINEAR)) == sorted(llama())
+
+
+@pytest.mark.parametrize(
+    ("copies", "original"),
+    [
+        (["lm_head.weight"], "transformer.wte.weight"),
+        (["cls.predictions.decoder.weight"], "bert.embeddings.word_embeddings.weight"),
+        (["decoder.weight"], "model.embeddings.tok_embeddings.weight"),
+        (["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"], "shared.weight"),
+        (["cls.predictions.decoder.bias"], "cls.predictions.bias"),
+    ],
+    ids=["gpt2", "bert", "modernbert", "t5", "bias"],
+)
+def test_a_copy_that_only_some_models_store_is_left_out(copies: list[str], original: str) -> None:
+    tensors: Tensors = {original: ("F32", (8, 4)), "norm.weight": ("F32", (4,))}
+    data = {original: b"\1" * 128}
+    save("a", tensors, {}, data)
+    save("b", tensors | dict.fromkeys(copies, ("F32", (8, 4))), {}, data | dict.fromkeys(copies, data[original]))
+    assert list(jobs(LINEAR)) == list(tensors)
+    assert list(jobs(LINEAR.replace("[model: a, model: b]", "[model: b, model: a]"))) == list(tensors)
 
 
 @pytest.mark.parametrize(
@@ -926,6 +1088,7 @@ def test_the_plan_as_json() -> None:
         ],
         "base": {"model": "base", "tensor": "model.embed_tokens.weight"},
         "passes": 2,
+        "gathered": False,
         "fused": True,
         "method": "ties",
         "parameters": {

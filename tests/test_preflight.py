@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fastmerge import cli
-from fastmerge.preflight import Card, front_matter, oddities, tokenizers_differ
+from fastmerge.preflight import oddities, tokenizers_differ
 from fastmerge.recipe import Recipe
 
 LINEAR = "merge_method: linear\nmodels: [model: base, model: a, model: b]\nparameters: {weight: 1}\n"
@@ -84,6 +83,13 @@ def write(path: str, value: Any) -> None:
 
 def tokenizer(*tokens: str, **others: Any) -> dict[str, Any]:
     return {"model": {"vocab": {token: number for number, token in enumerate(tokens)}}, "added_tokens": [], **others}
+
+
+def bpe(*tokens: str) -> dict[str, Any]:
+    """A tokenizer.json that is one."""
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": None, "fuse_unk": False}
+    return {"version": "1.0", "model": model, "added_tokens": []}
 
 
 def card(model: str, matter: str) -> None:
@@ -302,6 +308,25 @@ def test_a_base_without_a_chat_template_is_a_warning(check: Command) -> None:
     warned(check(LINEAR), "'base' has no chat template, unlike 'b', so the output has none")
 
 
+@pytest.mark.parametrize("setting", ["tokenizer_source: union", "tokenizer: {source: base}", "tokenizer_source: b"])
+def test_tokenizers_that_the_recipe_brings_together_may_differ(check: Command, setting: str) -> None:
+    for name, tokens in (("base", "xyz"), ("a", "xyz"), ("b", "xyzw")):
+        write(f"{name}/tokenizer.json", bpe(*tokens))
+        write(f"{name}/config.json", {"vocab_size": len(tokens)})
+    write("b/tokenizer_config.json", {"eos_token": "y", "chat_template": TEMPLATE})
+    assert len(check(LINEAR).out.splitlines()) == 4
+    assert check(f"{LINEAR}{setting}\n").out == "recipe.yml: nothing is wrong or odd\n"
+
+
+@pytest.mark.parametrize("setting", ["chat_template: auto", "tokenizer_source: b"])
+def test_a_chat_template_that_the_recipe_chooses_may_differ(check: Command, setting: str) -> None:
+    for name in ("base", "a", "b"):
+        write(f"{name}/tokenizer.json", bpe("x", "y", "z"))
+    write("b/tokenizer_config.json", {"eos_token": "z", "chat_template": "{{ other }} of twenty letters"})
+    warned(check(LINEAR), "the chat templates of 'base' and 'b' differ", "`chat_template` in the recipe says which")
+    assert check(f"{LINEAR}{setting}\n").out == "recipe.yml: nothing is wrong or odd\n"
+
+
 MERGES = {"vocab": {"x": 0}, "merges": ["x y"]}
 
 
@@ -380,33 +405,47 @@ def test_a_base_may_have_another_name_here(check: Command, how: str) -> None:
     assert check(TIES).out == "recipe.yml: nothing is wrong or odd\n"
 
 
-BOMB = "a: &a {k: v}\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 20)}]\n" for before, name in pairwise("abcdefgh")
-)
+# --- adapters ---
+
+ADAPTED = "merge_method: linear\nmodels: [model: base, model: base+lora]\nparameters: {weight: 1}\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("---\nlicense: MIT\nbase_model: x/y\n---\n", Card("mit", ("x/y",))),
-        ("---\r\nlicense: mit\r\n---\r\ntext", Card("mit", ())),
-        ("---\nlicense: [mit, gpl-3.0]\nbase_model: [x, y]\n---", Card("mit and gpl-3.0", ("x", "y"))),
-        ("---\nlicense: other\nlicense_name: llama3\n---\n", Card("llama3", ())),
-        ("---\nlicense: other\n---\n", Card("other", ())),
-        ("---\nlicense: {a: 1}\nbase_model: 7\n---\n", Card("", ())),
-        ("# no front matter\nlicense: mit\n", Card("", ())),
-        ("---\nlicense: mit\n", Card("", ())),
-        ("---\n- license: mit\n---\n", Card("", ())),
-        ("---\nlicense: [\n---\n", Card("", ())),
-        ("---\nlicense: !!python/object:os.system x\n---\n", Card("", ())),
-        (f"---\n{BOMB}license: mit\n---\n", Card("", ())),
-        (f"---\nlicense: {'[' * 50_000}\n---\n", Card("", ())),
-        ("", Card("", ())),
-    ],
-    ids=lambda value: repr(value[:20]) if isinstance(value, str) else "says",
-)
-def test_front_matter_is_read_or_passed_over(text: str, says: Card) -> None:
-    assert front_matter(text) == says
+def adapter(trained_on: str | None) -> None:
+    Path("lora").mkdir(exist_ok=True)
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["w"]}
+    write("lora/adapter_config.json", lora | {"base_model_name_or_path": trained_on})
+    halves = {"A": np.ones((2, 8), np.float32), "B": np.ones((4, 2), np.float32)}
+    tensors = {f"base_model.model.layers.0.w.lora_{half}.weight": values for half, values in halves.items()}
+    save_file(tensors, "lora/adapter_model.safetensors")
+    for name in ("base", "b"):
+        save_file({"layers.0.w.weight": np.ones((4, 8), np.float32)}, f"{name}/model.safetensors")
+
+
+@pytest.mark.parametrize("trained_on", [None, "", "owner/Base", "base", "/somewhere/else/base/"])
+def test_an_adapter_of_the_base_that_it_names_is_fine(check: Command, trained_on: str | None) -> None:
+    adapter(trained_on)
+    assert check(ADAPTED).out == "recipe.yml: nothing is wrong or odd\n"
+
+
+def test_an_adapter_that_names_another_base_is_a_warning(check: Command) -> None:
+    adapter("owner/another-1B")
+    warned(check(ADAPTED), "the adapter 'lora' was trained on 'owner/another-1B', and the recipe adds it to 'base'")
+
+
+def test_the_licence_of_an_adapter_counts(check: Command) -> None:
+    adapter("owner/base")
+    card("lora", "license: cc-by-nc-4.0")
+    warned(check(ADAPTED), "'base' has mit, 'lora' has cc-by-nc-4.0")
+
+
+def test_an_adapter_that_cannot_be_opened_is_among_all_errors(check: Command) -> None:
+    adapter("owner/base")
+    os.remove("lora/adapter_model.safetensors")
+    os.remove("a/model.safetensors")
+    ended = check(ADAPTED.replace("model: base,", "model: base, model: a,"))
+    assert ended.code == 1
+    assert ended.out.count("error: a holds no model") == 1
+    assert ended.out.count("error: lora holds no adapter") == 1
 
 
 # --- merge ---

@@ -287,6 +287,27 @@ def test_a_document_that_nothing_needs_is_left_out_with_a_warning() -> None:
         assert names(stage("x", "a") + "---\n" + stage(None, "b")) == [None]
 
 
+@pytest.mark.parametrize(
+    ("documents", "order"),
+    [
+        ([stage(None, "a"), stage("x", "y"), stage("y", "b")], ["y", "x", None]),
+        ([stage("x", "y"), stage("y", "b")], ["y", "x"]),
+        ([stage("x", "a")], ["x"]),
+        ([stage(None, "a")], [None]),
+    ],
+    ids=["not-needed", "all-named", "one-named", "one"],
+)
+def test_every_document_is_one_to_merge_when_asked_for(documents: Sequence[str], order: Sequence[str | None]) -> None:
+    recipe = Recipe.parse("---\n".join(documents), every=True)
+    assert [document.name for document in recipe.documents] == order
+
+
+def test_a_cycle_among_all_documents_is_refused() -> None:
+    text = "---\n".join([stage("x", "y"), stage("y", "x")])
+    with pytest.raises(RecipeError, match="in a circle: 'x' needs 'y' needs 'x'"):
+        Recipe.parse(text, every=True)
+
+
 def test_empty_documents_do_not_count() -> None:
     assert names("---\n---\n" + stage(None, "a") + "---\n") == [None]
 
@@ -298,7 +319,7 @@ def test_empty_documents_do_not_count() -> None:
         ([stage("x", "x"), stage(None, "a")], "'x' needs 'x'"),
         ([stage("x", "a"), stage("x", "b"), stage(None, "x")], "a document named 'x' is already at recipe.yml:1: name"),
         ([stage(None, "a"), stage(None, "b")], "only one document may go without a name"),
-        ([stage("x", "a"), stage("y", "x")], "each document has a name"),
+        ([stage("x", "a"), stage("y", "x")], "each document has a name; leave it out of the one that is the"),
     ],
     ids=["cycle", "self", "duplicate-name", "two-results", "no-result"],
 )
@@ -458,7 +479,7 @@ slices:
         ("merge_method: linear\nmodules: {x: {}}", ":2: modules.x", "a module has either models or slices"),
         ("merge_method: linear\nmodels: {model: a}", ":2: models", "this must be a list, not a mapping"),
         ("merge_method: linear\nmodels: [a]", ":2: models[0]", "this must be a mapping (key: value), not 'a'"),
-        ("merge_method: linear\nmodels: [model: {path: a}]", ":2: models[0].model", "this must be text, not a mapping"),
+        ("merge_method: linear\nmodels: [model: {path: a}]", ":2: models[0].model.path", "unknown key 'path'"),
         (LINEAR + "dtype: bfloat\n", ":9: dtype", "unknown dtype 'bfloat'; did you mean 'bfloat16'?"),
         (LINEAR + "out_dtype: int64\n", ":9: out_dtype", "unknown dtype 'int64'"),
         (LINEAR + "seed: 1.5\n", ":9: seed", "this must be a whole number, not '1.5'"),
@@ -587,20 +608,6 @@ def test_counts_of_models(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("tokenizer: {source: union}", "tokenizer is not supported yet"),
-        ("tokenizer_source: base", "tokenizer_source is not supported yet"),
-        ("chat_template: auto", "chat_template is not supported yet"),
-    ],
-)
-def test_what_comes_later_is_refused_by_name(line: str, message: str) -> None:
-    error = refusal(LINEAR + line)
-    assert error.place == f"recipe.yml:9: {line.split(':')[0]}"
-    assert message in str(error)
-
-
-@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("a/b/c", "there is no file or folder 'a/b/c'"),
@@ -608,8 +615,6 @@ def test_what_comes_later_is_refused_by_name(line: str, message: str) -> None:
         ("org/a.", "there is no file or folder 'org/a.'"),
         ("org/a@../b", "there is no file or folder 'org/a@../b'"),
         ("org/a@b@c", "there is no file or folder 'org/a@b@c'"),
-        ("org/a+org/b", "LoRA adapters (base+adapter) are not supported yet; fuse it first"),
-        ("a+adapter", "LoRA adapters (base+adapter) are not supported yet; fuse it first"),
         ("/nowhere/to/be/found", "there is no file or folder '/nowhere/to/be/found'"),
         ("./nowhere", "there is no file or folder './nowhere'"),
         ('"bad\\e[31mname"', "'bad\\x1b[31mname'"),
@@ -643,28 +648,6 @@ def test_what_is_no_folder_is_a_model_on_the_hub(name: str, id: str, revision: s
 def test_one_repository_named_twice_is_one_model() -> None:
     text = "merge_method: ties\nbase_model: org/a\nmodels: [model: org/a, model: org/b]\nparameters: {weight: 1}\n"
     assert [model.name for model in document(text).models] == ["org/a", "org/b"]
-
-
-@pytest.mark.parametrize(
-    ("model", "remedy"),
-    [
-        ("{path: a}", "write 'a' in its place"),
-        ("{model: a}", "write 'a' in its place"),
-        ("{model: {path: a, revision: null}, lora: null}", "write 'a' in its place"),
-        ("{model: {path: org/a, revision: main}}", "write 'org/a@main' in its place"),
-        ("{model: {path: a}, lora: {path: b}}", "lora is not supported yet, fuse it first and write that folder"),
-        ("{}", "write the folder of the model"),
-    ],
-)
-@pytest.mark.parametrize("key", ["model", "base_model"])
-def test_a_model_given_as_a_mapping_comes_with_what_to_write(model: str, remedy: str, key: str) -> None:
-    if key == "model":
-        error = refusal(f"merge_method: linear\nmodels:\n  - model: {model}\n")
-        assert error.place == "recipe.yml:3: models[0].model"
-    else:
-        error = refusal(f"merge_method: linear\nbase_model: {model}\nmodels: [model: a]\n")
-        assert error.place == "recipe.yml:2: base_model"
-    assert f"this must be text, not a mapping; {remedy}" in str(error)
 
 
 def test_a_folder_with_a_plus_or_at_in_its_name_is_a_folder(tmp_path: Path) -> None:

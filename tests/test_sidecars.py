@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.numpy import save_file
 
-from fastmerge.checkpoint import open_checkpoint, sidecars
+from fastmerge.checkpoint import open_checkpoint, sidecars, tokenizer_files
 from fastmerge.checkpoint.sidecars import is_sidecar
 from fastmerge.errors import FastmergeWarning
 
@@ -40,22 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def beside(folder: Path, changes: dict[str, Any] | None = None, **facts: Any) -> dict[str, bytes]:
-    given: dict[str, Any] = {
-        "method": "ties",
-        "paper": "TIES-merging, arXiv:2306.01708",
-        "models": ["org/math", "./code"],
-        "base": "org/base",
-        "commits": {"org/base": "b" * 40, "org/math": "c" * 40},
-        "command": "fastmerge merge recipe.yml out --seed 7",
-        "version": "1.2.3",
-        "title": "out",
-        "recipe_text": RECIPE,
-    } | facts
-    return sidecars(open_checkpoint(folder), changes or {}, **given)
-
-
-def front_matter(card: bytes) -> Any:
-    return yaml.safe_load(card.decode().split("---\n")[1])
+    return sidecars(open_checkpoint(folder), changes or {}, RECIPE, "# A card", **facts)
 
 
 # --- config.json ---
@@ -180,54 +164,26 @@ def test_the_recipe_is_verbatim(folder: Path) -> None:
     assert beside(folder)["mergekit_config.yml"] == RECIPE.encode()
 
 
-def test_the_card_says_what_was_merged_and_how(folder: Path) -> None:
-    card = beside(folder)["README.md"].decode()
-    assert "\n# out\n" in card
-    assert "fastmerge 1.2.3 by `ties` (TIES-merging, arXiv:2306.01708)" in card
-    assert f"- `org/base` (base), commit `{'b' * 40}`\n- `org/math`, commit `{'c' * 40}`\n- `./code`\n" in card
-    assert f"```yaml\n{RECIPE}```\n" in card
-    assert "```sh\nfastmerge merge recipe.yml out --seed 7\n```\n" in card
+def test_the_card_is_a_text_like_any_other(folder: Path) -> None:
+    assert beside(folder)["README.md"] == b"# A card\n"
+    assert b"out-?" in sidecars(open_checkpoint(folder), {}, RECIPE, "fastmerge merge r.yml out-\udcff")["README.md"]
 
 
-def test_the_front_matter_is_what_the_hub_reads(folder: Path) -> None:
-    assert front_matter(beside(folder)["README.md"]) == {
-        "library_name": "transformers",
-        "tags": ["fastmerge", "merge"],
-        "base_model": ["org/base", "org/math"],
-    }
+def test_without_a_card_there_is_no_recipe_either(folder: Path) -> None:
+    assert set(sidecars(open_checkpoint(folder), {}, RECIPE, None)) == {"config.json"}
 
 
-def test_a_base_among_the_models_is_listed_once(folder: Path) -> None:
-    card = beside(folder, models=["org/base", "org/math"])["README.md"]
-    assert front_matter(card)["base_model"] == ["org/base", "org/math"]
-    assert card.decode().count("- `org/base`") == 1
+# --- tokenizers ---
 
 
-def test_only_what_came_from_the_hub_is_named_to_it(folder: Path) -> None:
-    names, commits = ["models/math", "org/math@v1", "gpt2", "math"], {"org/math@v1": "c" * 40, "gpt2": "d" * 40}
-    card = beside(folder, models=names, base=None, commits=commits)["README.md"]
-    assert front_matter(card)["base_model"] == ["org/math", "gpt2"]
-    assert "base_model" not in front_matter(beside(folder, models=names, base=None, commits={})["README.md"])
-
-
-def test_models_of_earlier_stages_are_named_too(folder: Path) -> None:
-    card = beside(folder, models=["first"], base=None, commits={"org/math": "c" * 40})["README.md"]
-    assert front_matter(card)["base_model"] == ["org/math"]
-    assert f"- `first`\n- `org/math`, commit `{'c' * 40}`\n" in card.decode()
-
-
-def test_a_method_without_a_paper_cites_none(folder: Path) -> None:
-    assert "by `passthrough`.\n" in beside(folder, method="passthrough", paper="-")["README.md"].decode()
-
-
-def test_a_recipe_cannot_break_out_of_its_block(folder: Path) -> None:
-    text = "a: |\n  ````\n  # fake\n"
-    card = beside(folder, recipe_text=text)["README.md"].decode()
-    assert f"`````yaml\n{text}`````\n" in card
-
-
-def test_a_command_with_bytes_that_are_no_text(folder: Path) -> None:
-    assert b"out-?" in beside(folder, command="fastmerge merge r.yml out-\udcff")["README.md"]
+def test_a_tokenizer_made_for_the_output_stands_for_the_donors(folder: Path) -> None:
+    for name in ("tokenizer.json", "vocab.json", "generation_config.json"):
+        (folder / name).write_text("theirs")
+    made = beside(folder, tokenizer={"tokenizer.json": b"ours"})
+    assert made["tokenizer.json"] == b"ours"
+    assert "vocab.json" not in made
+    assert made["generation_config.json"] == b"theirs"
+    assert tokenizer_files(folder) == {"tokenizer.json": b"theirs", "vocab.json": b"theirs"}
 
 
 # --- transformers ---

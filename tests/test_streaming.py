@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import signal
 import sys
@@ -21,10 +22,21 @@ import numpy as np
 import pytest
 import test_engine
 import torch
+from safetensors.torch import save_file
 from test_engine import BASED, COPY, LINEAR, RECIPES, TIES, assert_nothing_left, family, merged, raw, save, save_sparse
 
 import fastmerge
-from fastmerge import BackendError, CheckpointError, NonFiniteError, OutputError, backends, choice, reference, streaming
+from fastmerge import (
+    BackendError,
+    CheckpointError,
+    FastmergeWarning,
+    NonFiniteError,
+    OutputError,
+    backends,
+    choice,
+    reference,
+    streaming,
+)
 from fastmerge.recipe import Recipe
 from fastmerge.sweep import SWEPT, Cut, Found, Inputs, Run, Sweep, Target, View
 
@@ -359,6 +371,25 @@ def test_what_must_be_known_of_a_large_tensor_is_measured_by_the_cpu(put: Put) -
     report = through_gpu(RECIPES["ties-rescaled"], gpu_memory=TINY_MEMORY)
     assert report.worked == {"cpu": ("norms", "threshold"), "cuda": ("norms", "threshold", "merge")}
     assert set(report.providers) == {"cpu", "cuda"}
+
+
+def test_what_only_the_cpu_does_it_does_and_says_so(put: Put) -> None:
+    """Rows that an adapter adds to, and what is no sweep."""
+    put(EmulatedCuda())
+    save_family()
+    adapter, name = Path("adapter"), "base_model.model.model.wide"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    factors = {f"{name}.lora_A.weight": torch.ones(2, 90_001), f"{name}.lora_B.weight": torch.full((3, 2), 0.01)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    adapted = LINEAR.replace("model: b", "model: b+adapter")
+    for out, text, count in (("adapted", adapted, 1), ("sce", f"merge_method: sce\n{BASED}", 8)):
+        expected = raw(merged(text, out))
+        with pytest.warns(FastmergeWarning, match=f"the CPU and not cuda merges {count} tensors, such as 'model"):
+            report = through_gpu(text, f"{out}-gpu")
+        assert raw(test_engine.load(f"{out}-gpu")) == expected
+        assert ("cuda" in report.worked) is (out == "adapted")
 
 
 def test_float64_is_refused_before_anything_is_done(put: Put) -> None:

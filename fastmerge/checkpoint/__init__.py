@@ -2,13 +2,15 @@
 
 from .header import DTYPE_BITS, Header, TensorInfo, encode_header, read_header
 from .reader import INDEX, SINGLE, Checkpoint, no_model, open_checkpoint, same_bytes, shards_named
-from .sidecars import CONFIG, COPIED, sidecars
+from .sidecars import CARD, CONFIG, COPIED, GENERATION, sidecars, tokenizer_files
 from .writer import STAGES, Descriptor, Layout, Shard, Writer, lay_out
 
 __all__ = [
+    "CARD",
     "CONFIG",
     "COPIED",
     "DTYPE_BITS",
+    "GENERATION",
     "INDEX",
     "SINGLE",
     "STAGES",
@@ -27,4 +29,5 @@ __all__ = [
     "same_bytes",
     "shards_named",
     "sidecars",
+    "tokenizer_files",
 ]

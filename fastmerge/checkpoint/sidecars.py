@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -44,8 +43,9 @@ _TOKENIZER = (
     "*.tiktoken",
     "prophetnet.tokenizer",
 )
+GENERATION = "generation_config.json"
 _OTHERS = (
-    "generation_config.json",
+    GENERATION,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
@@ -62,31 +62,30 @@ def sidecars(
     donor: Checkpoint,
     config_changes: Mapping[str, Any],
     recipe_text: str,
+    card: str | None,
     *,
-    method: str,
-    paper: str,
-    models: Sequence[str],
-    base: str | None,
-    commits: Mapping[str, str],
-    command: str,
-    version: str,
-    title: str,
+    tokenizer: Mapping[str, bytes] | None = None,
     copy_tokenizer: bool = True,
-    write_model_card: bool = True,
 ) -> dict[str, bytes]:
     """The files beside the weights, by name.
 
     The donor gives its config.json, in which only `config_changes` differ, and its tokenizer, processor and generation
-    files. Python files of a model are neither run nor copied; a FastmergeWarning names them. `commits` are those of the
-    models that came from the hub, by the name that the recipe gives them.
+    files, or a tokenizer made for the output stands for its own. Python files of a model are neither run nor copied; a
+    FastmergeWarning names them. The recipe is beside a card, and where there is none, neither is.
     """
-    files = _copied(donor.folder, COPIED if copy_tokenizer else _OTHERS)
+    files = _copied(donor.folder, COPIED if copy_tokenizer and tokenizer is None else _OTHERS)
+    files |= tokenizer or {}
     if donor.config:
         files[CONFIG] = _text(json.dumps({**donor.config, **config_changes}, indent=2))
-    if write_model_card:
-        files[CARD] = _text(_card(recipe_text, method, paper, models, base, commits, command, version, title))
+    if card is not None:
+        files[CARD] = _text(card)
         files[RECIPE] = recipe_text.encode()
     return files
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in a folder, by name."""
+    return _read(folder, _TOKENIZER)
 
 
 def is_sidecar(name: str) -> bool:
@@ -99,70 +98,25 @@ def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _copied(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
-    names = [name for name in names_in(folder) if (folder / name).is_file()]
-    if code := [name for name in names if name.endswith(".py")]:
+    if code := [name for name in names_in(folder) if name.endswith(".py") and (folder / name).is_file()]:
         _warn(
             f"{folder} comes with code of its own, which is neither run nor copied: {', '.join(code)}; "
             "copy it beside the result if the model needs it"
         )
-    files = {}
-    for name in names:
-        if _is_one_of(name, patterns):
-            with open_regular(folder / name) as file:
-                files[name] = file.readall()
-            if damage := looks_like(files[name][:512]):
-                _warn(f"{folder / name} {damage}; it is copied as it is")
+    files = _read(folder, patterns)
+    for name, content in files.items():
+        if damage := looks_like(content[:512]):
+            _warn(f"{folder / name} {damage}; it is copied as it is")
     return files
 
 
-def _card(
-    recipe_text: str,
-    method: str,
-    paper: str,
-    models: Sequence[str],
-    base: str | None,
-    commits: Mapping[str, str],
-    command: str,
-    version: str,
-    title: str,
-) -> str:
-    """The model card: what the hub reads (front matter), then what people do."""
-    every = list(dict.fromkeys((*((base,) if base else ()), *models, *commits)))
-    parents = list(dict.fromkeys(f"- {name.partition('@')[0]}" for name in every if name in commits))
-    listed = [
-        f"- `{name}`{' (base)' if name == base else ''}{f', commit `{commits[name]}`' if name in commits else ''}"
-        for name in every
-    ]
-    matter = ["---", "library_name: transformers", "tags:", "- fastmerge", "- merge"]
-    matter += ["base_model:", *parents] if parents else []
-    cited = f" ({paper})" if paper.strip("- ") else ""
-    return "\n".join(
-        [
-            *matter,
-            "---",
-            f"# {' '.join(title.split())}",
-            "",
-            f"Merged with fastmerge {version} by `{method}`{cited}.",
-            "",
-            "## Models",
-            "",
-            *listed,
-            "",
-            "## Recipe",
-            "",
-            *_fenced("yaml", recipe_text),
-            "",
-            "The same again:",
-            "",
-            *_fenced("sh", command),
-        ]
-    )
-
-
-def _fenced(language: str, text: str) -> list[str]:
-    """A code block whose fence is longer than any run of backticks inside."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return [fence + language, text.rstrip("\n"), fence]
+def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+    files = {}
+    for name in names_in(folder):
+        if _is_one_of(name, patterns) and (folder / name).is_file():
+            with open_regular(folder / name) as file:
+                files[name] = file.readall()
+    return files
 
 
 def _text(text: str) -> bytes:
