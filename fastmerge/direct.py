@@ -35,17 +35,7 @@ def function(
     return merged
 
 
-# --- deltas that are kept by their size, or dropped by it ---
-
-
-def breadcrumbs(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """Model breadcrumbs (arXiv:2312.06795): of each delta neither the largest elements nor the smallest, summed."""
-    return _merged(_bands(models, base, settings), base, settings, averaged)
-
-
-def breadcrumbs_ties(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """The same of each delta, and of those the ones that agree with the vote."""
-    return _merged(_bands(models, base, settings), base, settings, elected)
+# --- deltas that are dropped by their rank ---
 
 
 def della(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
@@ -68,27 +58,6 @@ def _merged(
     own = zip(kept, settings.models, strict=True)
     parts = tuple(Part(number(model, "weight"), factor) for (_, factor), model in own)
     return _swept([each for each, _ in kept], base, combined(settings, parts, Keep.ALL))
-
-
-def _bands(models: Sequence[Tensor], base: Tensor, settings: Settings) -> list[tuple[Tensor, float]]:
-    word, kept = rescaling(False, settings), []
-    for model, own in zip(models, settings.models, strict=True):
-        change, density = delta(model, base), number(own, "density")
-        band = _band(change, density, number(own, "gamma"))
-        factor = 1.0 / density if word == "inverse" and density > 0.0 else _ratio(change, band, word)
-        kept.append((band, factor))
-    return kept
-
-
-def _band(change: Tensor, density: float, gamma: float) -> Tensor:
-    """int(density n) elements below the int(gamma n) largest, or fewer of those where that would leave too few."""
-    if density >= 1.0:
-        return change
-    count = change.numel()
-    inside = int(density * count)
-    outliers = min(int(gamma * count), count - inside)
-    kept = _largest(change, outliers + inside) & ~_largest(change, outliers)
-    return torch.where(kept | change.isnan(), change, 0.0)
 
 
 def _drops(models: Sequence[Tensor], base: Tensor, settings: Settings) -> list[tuple[Tensor, float]]:
@@ -291,8 +260,6 @@ def _norms(values: Tensor) -> tuple[float, float, float]:
 FUNCTIONS: Mapping[str, Function] = {
     each.__name__: each
     for each in (
-        breadcrumbs,
-        breadcrumbs_ties,
         della,
         della_linear,
         nearswap,

@@ -93,9 +93,9 @@ def keep(delta: Tensor, how: Keep, part: Part, begin: int) -> Tensor:
     if how is Keep.BERNOULLI:
         kept = random_bits(part.key, begin, len(delta)) < part.cut
     else:
-        magnitudes, cut = _magnitude_bits(delta), _magnitude_bits(_scalar(part.magnitude, delta))
-        index = torch.arange(begin, begin + len(delta))
-        kept = (magnitudes > cut) | ((magnitudes == cut) & (index < part.ties_end))
+        kept = _above(delta, part.magnitude, part.ties_end, begin)
+    if how is Keep.BAND:
+        kept &= ~_above(delta, part.top_magnitude, part.top_ties_end, begin) | delta.isnan()
     return torch.where(kept, delta, _scalar(0.0, delta))
 
 
@@ -166,6 +166,13 @@ def sweep_tile(models: Sequence[Tensor], base: Tensor | None, sweep: Sweep, begi
     ]
     weighted = [scale(d, part.weight) for d, part in zip(deltas, sweep.parts, strict=True)]
     return add(base, scale(mean(deltas, weighted, sweep), sweep.lambda_))
+
+
+def _above(delta: Tensor, magnitude: float, ties_end: int, begin: int) -> Tensor:
+    """Where |delta| is above a magnitude, or equal to it at a flat index below `ties_end`; a NaN is above all."""
+    magnitudes, cut = _magnitude_bits(delta), _magnitude_bits(_scalar(magnitude, delta))
+    index = torch.arange(begin, begin + len(delta))
+    return (magnitudes > cut) | ((magnitudes == cut) & (index < ties_end))
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,8 @@ and rounds once, to nearest even, into the output's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -34,6 +35,7 @@ class Keep(IntEnum):
     ALL = 0
     ABOVE = 1  # |d| > magnitude, or equal to it at a flat index below ties_end; a NaN stays
     BERNOULLI = 2  # at random, with probability cut / 2**32
+    BAND = 3  # as ABOVE, but not > top_magnitude, nor equal to that at a flat index below top_ties_end; a NaN stays
 
 
 class Elect(IntEnum):
@@ -76,10 +78,12 @@ class Part:
 
     weight: float = 1.0
     rescale: float = 1.0
-    magnitude: float = 0.0  # Keep.ABOVE
-    ties_end: int = EVERY  # Keep.ABOVE
+    magnitude: float = 0.0  # Keep.ABOVE, Keep.BAND
+    ties_end: int = EVERY  # Keep.ABOVE, Keep.BAND
     cut: int = CERTAIN  # Keep.BERNOULLI, 0 ... 2**32
     key: int = 0  # Keep.BERNOULLI, 64 bits
+    top_magnitude: float = math.inf  # Keep.BAND
+    top_ties_end: int = 0  # Keep.BAND
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,10 @@ class Inputs(NamedTuple):
     def views(self) -> tuple[View, ...]:
         """All that is read, the base last."""
         return self.models if self.base is None else (*self.models, self.base)
+
+    def selected(self, ranks: Sequence[int]) -> Inputs:
+        """What a selection is given at these ranks, one or more of each model: all models, as often."""
+        return self._replace(models=self.models * (len(ranks) // len(self.models)))
 
 
 class Target(NamedTuple):

@@ -126,6 +126,8 @@ def sweeps_of(case: Case) -> list[Sweep]:
             ties_end=draw.choice((0, EVERY, draw.randint(0, case.elements))),
             cut=draw.choice((0, CERTAIN, CERTAIN // 2, draw.randint(0, CERTAIN))),
             key=draw.getrandbits(64),
+            top_magnitude=draw.choice((0.0, 0.5, 0.75, 1.0, 2.0, 1e-44, float("inf"))),
+            top_ties_end=draw.choice((0, EVERY, draw.randint(0, case.elements))),
         )
 
     return [
@@ -356,6 +358,23 @@ def test_equals_are_kept_below_the_end_of_ties(provider: ModuleType) -> None:
     sweep = Sweep((Part(magnitude=0.5, ties_end=end),), Keep.ABOVE)
     ((raw,), _) = merge(provider, Tensors([(values, "BF16")]), [sweep], ["F32"], Run(2, 2048))
     np.testing.assert_array_equal(decode(raw, "F32"), np.where(np.arange(count) < end, values, 0.0))
+
+
+def test_a_band_begins_and_ends_where_its_ties_do(provider: ModuleType) -> None:
+    count, begin, end = 5000, 1111, 3333
+    values = np.where(np.arange(count) % 2, -0.5, 0.5)
+    values[[7, 3000]] = 0.75, -0.25
+    inside = (np.arange(count) >= begin) & (np.arange(count) < end) & (np.abs(values) == 0.5)
+    part = Part(magnitude=0.5, ties_end=end, top_magnitude=0.5, top_ties_end=begin)
+    ((raw,), _) = merge(provider, Tensors([(values, "BF16")]), [Sweep((part,), Keep.BAND)], ["F32"], Run(2, 2048))
+    np.testing.assert_array_equal(decode(raw, "F32"), np.where(inside, values, 0.0))
+
+
+def test_a_band_leaves_out_the_infinite_and_keeps_what_is_no_number(provider: ModuleType) -> None:
+    for top, ties_end, infinite in ((2.0, 0, [0, 0]), (np.inf, 0, [np.inf, -np.inf]), (np.inf, EVERY, [0, 0])):
+        sweep = Sweep((Part(magnitude=1.0, top_magnitude=top, top_ties_end=ties_end),), Keep.BAND)
+        values = [np.nan, np.inf, -np.inf, 1.5, 0.5]
+        same_bits(merged_values(provider, [values], [0.0] * 5, sweep), [np.nan, *infinite, 1.5, 0.0])
 
 
 def test_found_names_what_is_not_finite(provider: ModuleType) -> None:
@@ -651,16 +670,19 @@ def real_tensors() -> tuple[Tensors, Sweep]:
 @pytest.mark.parametrize("with_base", [False, True], ids=["weights", "deltas"])
 def test_norms_are_those_of_the_oracle(provider: ModuleType, keep: Keep, with_base: bool) -> None:
     tensors, vectors = measured_tensors(0, with_base)
-    parts = tuple(Part(3.0, 7.0, magnitude=30 / 256, ties_end=2000, cut=CERTAIN // 3, key=i) for i in range(3))
+    like = Part(3.0, 7.0, magnitude=30 / 256, ties_end=2000, cut=CERTAIN // 3, top_magnitude=50 / 256, top_ties_end=900)
+    parts = tuple(replace(like, key=i) for i in range(3))
     (found,) = provider.norms([tensors.inputs], [Sweep(parts, keep)], Run(threads=2))
     index = np.arange(len(vectors[0]))
     for vector, part, (before, after) in zip(vectors, parts, found, strict=True):
         magnitudes = np.abs(vector)
         above = (magnitudes > part.magnitude) | ((magnitudes == part.magnitude) & (index < part.ties_end))
+        gone = (magnitudes > part.top_magnitude) | ((magnitudes == part.top_magnitude) & (index < part.top_ties_end))
         kept = {
             Keep.ALL: np.ones(len(vector), bool),
             Keep.ABOVE: above,
             Keep.BERNOULLI: oracles.bernoulli(part.key, part.cut, len(vector)),
+            Keep.BAND: above & ~gone,
         }[keep]
         np.testing.assert_allclose(before, oracles.norms(vector), rtol=1e-12)
         np.testing.assert_allclose(after, oracles.norms(np.where(kept, vector, 0.0)), rtol=1e-12)

@@ -344,6 +344,7 @@ def test_cuts_are_selected_in_one_call_where_nothing_else_is_wanted(
         (RECIPES["ties"], {"merge_ranked"}),
         (RECIPES["ties-rescaled"], {"threshold", "norms", "merge"}),
         (RECIPES["ties-of-model"], {"merge"}),
+        (RECIPES["breadcrumbs"], {"threshold", "merge"}),
         (MORE["ties-of-equals"], {"threshold", "merge"}),
     ]:
         gpu.calls.clear()
@@ -402,7 +403,7 @@ def test_overflow_is_counted_over_all_tiles(put: Put) -> None:
         through_gpu(f"{COPY}out_dtype: float16\n", gpu_memory=TINY_MEMORY)
 
 
-@pytest.mark.parametrize("recipe", ["linear", "ties", "ties-rescaled", "ties-of-model", "slerp"])
+@pytest.mark.parametrize("recipe", ["linear", "ties", "ties-rescaled", "ties-of-model", "breadcrumbs", "slerp"])
 @pytest.mark.parametrize("gpu_memory", [None, TINY_MEMORY], ids=["whole", "tiles"])
 def test_progress_rises_to_the_bytes_in_all_on_the_calling_thread(
     recipe: str, gpu_memory: int | None, put: Put

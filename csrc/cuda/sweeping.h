@@ -44,8 +44,14 @@ __device__ __forceinline__ uint32_t overflow_bits(DType dtype) {
   return dtype == DType::F32 ? INFINITE : dtype == DType::F16 ? 0x477ff000 : 0x7f7f8000;
 }
 
+// How many of the eight elements from `flat` lie below an end.
+__device__ __forceinline__ int below(int64_t end, int64_t flat) {
+  const int64_t ties = end - flat;
+  return ties <= 0 ? 0 : ties >= EIGHT ? EIGHT : static_cast<int>(ties);
+}
+
 // |d| > T stays, and == T below the end of ties; NaN stays. `ties`: of the eight, how many lie below that end.
-__device__ __forceinline__ void keep_above(float (&delta)[EIGHT], float magnitude, int64_t ties) {
+__device__ __forceinline__ void keep_above(float (&delta)[EIGHT], float magnitude, int ties) {
   const uint32_t threshold = to_bits(magnitude), limit = ties > 0 ? threshold : threshold + 1;
   if (limit <= INFINITE && (ties <= 0 || ties >= EIGHT)) {
     for (float& d : delta) d = fabsf(d) < from_bits(limit) ? 0.0f : d;
@@ -54,6 +60,14 @@ __device__ __forceinline__ void keep_above(float (&delta)[EIGHT], float magnitud
   for (int i = 0; i < EIGHT; ++i) {
     const uint32_t here = i < ties ? threshold : threshold + 1;
     delta[i] = (to_bits(delta[i]) & 0x7fffffff) >= here ? delta[i] : 0.0f;
+  }
+}
+
+// |d| > T goes, and == T below the end of ties; NaN stays. `ties` as above.
+__device__ __forceinline__ void drop_above(float (&delta)[EIGHT], float magnitude, int ties) {
+  for (int i = 0; i < EIGHT; ++i) {
+    const float least = from_bits(to_bits(magnitude) + (i >= ties));
+    delta[i] = fabsf(delta[i]) >= least ? 0.0f : delta[i];
   }
 }
 
@@ -127,9 +141,10 @@ struct Sweeping {
     if constexpr (may_hide) {
       for (const float d : delta) worst = L::larger(worst, d);
     }
-    if constexpr (keep == Keep::ABOVE) {
+    if constexpr (keep == Keep::ABOVE || keep == Keep::BAND) {
       const float magnitude = cut ? cut->magnitude : part.magnitude;
-      keep_above(delta, magnitude, (cut ? cut->ties_end : part.ties_end) - flat);
+      keep_above(delta, magnitude, below(cut ? cut->ties_end : part.ties_end, flat));
+      if (keep == Keep::BAND) drop_above(delta, part.top_magnitude, below(part.top_ties_end, flat));
     } else if constexpr (keep == Keep::BERNOULLI) {
       for (int i = 0; i < EIGHT; ++i) delta[i] = kept >> i & 1 ? delta[i] : 0.0f;
     }
