@@ -43,6 +43,7 @@ _PARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "breadcrumbs_ties": {"density": 0.2, "lambda": 0.5},
     "dare_linear": {"density": 0.5, "lambda": 0.5},
     "dare_ties": {"density": 0.5, "lambda": 0.5},
+    "nearswap": {"t": 0.001},
     "slerp": {"t": 0.5},
 }
 

@@ -95,13 +95,6 @@ def _dropped(change: Tensor, density: float, epsilon: float, key: int, inverse: 
 # --- one other model ---
 
 
-def nearswap(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """base + clamp(t / abs(d), 0, 1) d, which is d cut to [-t, t]."""
-    (model,) = models
-    step = max(0.0, number(settings.shared, "t"))
-    return add(base, delta(model, base).clamp(-step, step))
-
-
 def arcee_fusion(models: Sequence[Tensor], base: Tensor, _: Settings) -> Tensor:
     """d where abs(d) times the KL divergence of its row's softmax is at least median + 1.5 IQR of that product.
 
@@ -262,7 +255,6 @@ FUNCTIONS: Mapping[str, Function] = {
     for each in (
         della,
         della_linear,
-        nearswap,
         arcee_fusion,
         sce,
         ram,

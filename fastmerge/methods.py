@@ -182,6 +182,10 @@ def _dare_ties(settings: Settings, _: Measured) -> Sweep:
     return elected(settings, _dropped(settings), Keep.BERNOULLI)
 
 
+def _nearswap(settings: Settings, _: Measured) -> Sweep:
+    return Sweep((Part(magnitude=max(0.0, number(settings.shared, "t"))),), Keep.CLIP)
+
+
 def _slerp(settings: Settings, measured: Measured) -> Sweep:
     return _summed(spherical.slerp(measured.gram, number(settings.shared, "t")))
 
@@ -510,6 +514,7 @@ _ROWS = (
         base=Base.ORIGIN,
         models=(1, 1),
         parameters=(Parameter("t", float, help="how far an element may move", required=True),),
+        sweep=_nearswap,
     ),
     Method(
         name="arcee_fusion",

@@ -87,9 +87,12 @@ def delta(model: Tensor, base: Tensor | None) -> Tensor:
 
 
 def keep(delta: Tensor, how: Keep, part: Part, begin: int) -> Tensor:
-    """The delta where kept, +0 elsewhere; `begin` is the flat index of its first element."""
+    """The delta where kept, +0 elsewhere, or clipped; `begin` is the flat index of its first element."""
     if how is Keep.ALL:
         return delta
+    if how is Keep.CLIP:
+        limit = _scalar(part.magnitude, delta)
+        return torch.where(delta.abs() > limit, limit.copysign(delta), delta)
     if how is Keep.BERNOULLI:
         kept = random_bits(part.key, begin, len(delta)) < part.cut
     else:
@@ -259,9 +262,9 @@ def _norms(inputs: Inputs, sweep: Sweep, run: Run) -> NDArray[np.float64]:
     found = np.zeros((len(inputs.models), 2, 3))
     for begin, models, base in _tiles(inputs, _TILE, run, _arithmetic(inputs.views)):
         for model, part, stages in zip(models, sweep.parts, found, strict=True):
-            before = delta(model, base)
+            before = _finite(delta(model, base))
             for norm, values in zip(stages, (before, keep(before, sweep.keep, part, begin)), strict=True):
-                magnitudes = _finite(values).abs().to(torch.float64)
+                magnitudes = values.abs().to(torch.float64)
                 norm[0] += float(magnitudes.sum())
                 norm[1] += float((magnitudes * magnitudes).sum())
                 norm[2] = max(norm[2], float(magnitudes.max()))

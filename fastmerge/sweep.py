@@ -3,7 +3,7 @@
 A sweep computes, for each element, in float32 and in the order of the models:
 
     d_i  = model_i - base                      (model_i itself without a base)
-    d_i  = d_i where kept, else 0              Keep
+    d_i  = d_i where kept, else 0              Keep (CLIP: cut to what is allowed)
     d_i  = d_i * rescale_i
     D_i  = d_i * weight_i
     v    = sign of the vote                    Elect (none: every model takes part)
@@ -36,6 +36,7 @@ class Keep(IntEnum):
     ABOVE = 1  # |d| > magnitude, or equal to it at a flat index below ties_end; a NaN stays
     BERNOULLI = 2  # at random, with probability cut / 2**32
     BAND = 3  # as ABOVE, but not > top_magnitude, nor equal to that at a flat index below top_ties_end; a NaN stays
+    CLIP = 4  # all, but what is larger than magnitude becomes that, with its own sign; a NaN stays
 
 
 class Elect(IntEnum):
@@ -78,7 +79,7 @@ class Part:
 
     weight: float = 1.0
     rescale: float = 1.0
-    magnitude: float = 0.0  # Keep.ABOVE, Keep.BAND
+    magnitude: float = 0.0  # Keep.ABOVE, Keep.BAND, Keep.CLIP; not negative
     ties_end: int = EVERY  # Keep.ABOVE, Keep.BAND
     cut: int = CERTAIN  # Keep.BERNOULLI, 0 ... 2**32
     key: int = 0  # Keep.BERNOULLI, 64 bits

@@ -11,6 +11,7 @@ from .random import pieces
 _ABOVE = tl.constexpr(int(Keep.ABOVE))
 _BERNOULLI = tl.constexpr(int(Keep.BERNOULLI))
 _BAND = tl.constexpr(int(Keep.BAND))
+_CLIP = tl.constexpr(int(Keep.CLIP))
 
 #: The words of a row: elements, flat index of the first, where its notes are, then the addresses.
 COUNT = tl.constexpr(0)
@@ -97,13 +98,20 @@ def number(words):
 
 @triton.jit
 def keep(delta, part, start, how: tl.constexpr, block: tl.constexpr):
-    """The delta where kept, +0 elsewhere; `part` is the model's in the setting, `start` the flat index of the first."""
+    """The delta where kept, +0 elsewhere, or clipped.
+
+    `part` is the model's in the setting, `start` the flat index of the first element.
+    """
     if how == _ABOVE:
         delta = tl.where(_above(delta, part + _MAGNITUDE, part + _TIES_END, start, block), delta, 0.0)
     if how == _BAND:
         kept = _above(delta, part + _MAGNITUDE, part + _TIES_END, start, block)
         gone = _above(delta, part + _TOP_MAGNITUDE, part + _TOP_TIES_END, start, block) & (delta == delta)
         delta = tl.where(kept & ~gone, delta, 0.0)
+    if how == _CLIP:
+        bits, limit = delta.to(tl.int32, bitcast=True), tl.load(part + _MAGNITUDE).to(tl.int32)
+        clipped = (limit | (bits ^ (bits & 0x7FFFFFFF))).to(tl.float32, bitcast=True)
+        delta = tl.where(tl.abs(delta) > limit.to(tl.float32, bitcast=True), clipped, delta)
     if how == _BERNOULLI:
         cut, key = tl.load(part + _CUT), tl.load(part + _KEY)
         first, upper = pieces(key, start, 0, block), (cut >> 16).to(tl.int32)

@@ -20,6 +20,7 @@ from conftest import Memory, Tensors, bits, decode, merge
 from test_ops import (  # noqa: F401  run here by the provider of this file
     test_a_band_begins_and_ends_where_its_ties_do,
     test_a_band_leaves_out_the_infinite_and_keeps_what_is_no_number,
+    test_a_clip_leaves_the_sign_and_what_is_no_number,
     test_a_dropped_nan_is_gone_and_a_trimmed_one_stays,
     test_a_mass_of_zero_counts_as_one,
     test_a_nan_is_never_outvoted,
@@ -385,7 +386,7 @@ def test_no_sweep_spills(compiled: Compiled) -> None:
         log,
         re.DOTALL,
     )
-    assert len(kernels) == 40
+    assert len(kernels) == 50
     for keep, elect, registers in kernels:
         crowded = int(keep) == Keep.BERNOULLI and int(elect) != Elect.NONE
         assert int(registers) <= (168 if crowded else 128), "fewer than 384 or 512 threads on a processor"

@@ -407,6 +407,33 @@ def test_a_nan_stays_in_a_band(provider: ModuleType, method: str) -> None:
     assert np.flatnonzero(np.isnan(found)).tolist() == [77]
 
 
+# --- near swap ---
+
+
+@pytest.mark.parametrize("t", [0.25, 0.001, 7.0])
+def test_nearswap(provider: ModuleType, t: float) -> None:
+    base, (model,) = family(models=1)
+    found = merge_by("nearswap", provider, [model], base, shared={"t": t})
+    assert_within_rounding(found, oracles.nearswap(base, model, t), base, [model - base])
+    assert (found != base).any()
+
+
+@pytest.mark.parametrize("t", [0.0, -1.0])
+def test_nearswap_that_may_not_move_leaves_the_base(provider: ModuleType, t: float) -> None:
+    base, (model,) = family(models=1)
+    base[0] = -0.0
+    found = merge_by("nearswap", provider, [model], base, shared={"t": t})
+    np.testing.assert_array_equal(found, base)
+    assert np.signbit(found[0])
+
+
+def test_nearswap_keeps_a_nan(provider: ModuleType) -> None:
+    base, (model,) = family(models=1)
+    model[77] = np.nan
+    found = merge_by("nearswap", provider, [model], base, shared={"t": 0.1})
+    assert np.flatnonzero(np.isnan(found)).tolist() == [77]
+
+
 # --- DARE ---
 
 

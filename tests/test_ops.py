@@ -287,14 +287,17 @@ def test_every_16_bit_number_survives_the_way_there_and_back(provider: ModuleTyp
 # --- merge: what is defined at the edges ---
 
 
-def merged_values(provider: ModuleType, models: list[list[float]], base: list[float], sweep: Sweep) -> np.ndarray:
+def merged_values(
+    provider: ModuleType, models: list[list[float]], base: list[float] | None, sweep: Sweep
+) -> np.ndarray:
     """Small float32 tensors, repeated so that whole lanes and the rest of a vector are both run."""
     models32 = [np.tile(np.array(model, np.float32), 37) for model in models]
-    tensors = Tensors([(model, "F32") for model in models32], (np.tile(np.array(base, np.float32), 37), "F32"))
+    base32 = None if base is None else (np.tile(np.array(base, np.float32), 37), "F32")
+    tensors = Tensors([(model, "F32") for model in models32], base32)
     ((raw,), _) = merge(provider, tensors, [sweep], ["F32"])
     rows = bits(raw, "F32").reshape(37, -1)
     assert (rows == rows[0]).all(), "an element's result depends on its place"
-    return raw[: 4 * len(base)].view(np.float32)
+    return raw[: 4 * len(models[0])].view(np.float32)
 
 
 def same_bits(found: np.ndarray, expected: list[float]) -> None:
@@ -375,6 +378,14 @@ def test_a_band_leaves_out_the_infinite_and_keeps_what_is_no_number(provider: Mo
         sweep = Sweep((Part(magnitude=1.0, top_magnitude=top, top_ties_end=ties_end),), Keep.BAND)
         values = [np.nan, np.inf, -np.inf, 1.5, 0.5]
         same_bits(merged_values(provider, [values], [0.0] * 5, sweep), [np.nan, *infinite, 1.5, 0.0])
+
+
+def test_a_clip_leaves_the_sign_and_what_is_no_number(provider: ModuleType) -> None:
+    values = [np.nan, np.inf, -np.inf, 0.5, -0.5, 0.25, -0.25, 1e-45, -0.0]
+    for limit in (0.5, 0.25, 1e-45, 0.0):
+        cut = np.copysign(np.minimum(np.abs(values), limit), values).tolist()
+        sweep = Sweep((Part(magnitude=limit),), Keep.CLIP)
+        same_bits(merged_values(provider, [values], None, sweep), cut)
 
 
 def test_found_names_what_is_not_finite(provider: ModuleType) -> None:
@@ -683,12 +694,15 @@ def test_norms_are_those_of_the_oracle(provider: ModuleType, keep: Keep, with_ba
             Keep.ABOVE: above,
             Keep.BERNOULLI: oracles.bernoulli(part.key, part.cut, len(vector)),
             Keep.BAND: above & ~gone,
+            Keep.CLIP: np.ones(len(vector), bool),
         }[keep]
+        limit = part.magnitude if keep is Keep.CLIP else np.inf
         np.testing.assert_allclose(before, oracles.norms(vector), rtol=1e-12)
-        np.testing.assert_allclose(after, oracles.norms(np.where(kept, vector, 0.0)), rtol=1e-12)
+        np.testing.assert_allclose(after, oracles.norms(np.where(kept, vector, 0.0).clip(-limit, limit)), rtol=1e-12)
 
 
-def test_what_is_not_finite_is_not_measured(provider: ModuleType) -> None:
+@pytest.mark.parametrize("keep", [Keep.ABOVE, Keep.BAND, Keep.CLIP])
+def test_what_is_not_finite_is_not_measured(provider: ModuleType, keep: Keep) -> None:
     rng = np.random.default_rng(11)
     clean = [rng.integers(-64, 65, 5000) / 16 for _ in range(2)]
     dirty = [vector.copy() for vector in clean]
@@ -696,7 +710,7 @@ def test_what_is_not_finite_is_not_measured(provider: ModuleType) -> None:
         places = rng.choice(5000, 40, replace=False)
         vector[places] = 0.0
         other[places] = rng.choice([np.nan, np.inf, -np.inf], 40)
-    sweep = Sweep((Part(magnitude=1.0), Part(magnitude=2.0)), Keep.ABOVE)
+    sweep = Sweep((Part(magnitude=1.0), Part(magnitude=2.0)), keep)
     measured = [Tensors([(v, "F32") for v in vectors]) for vectors in (clean, dirty)]
     grams = [provider.gram([tensors.inputs], Run())[0].tolist() for tensors in measured]
     norms = [provider.norms([tensors.inputs], [sweep], Run())[0].tolist() for tensors in measured]

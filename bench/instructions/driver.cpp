@@ -96,6 +96,7 @@ int main() {
   merge("task_arithmetic", deltas, sweep_of(Keep::ALL), parts);
   merge("ties", deltas, sweep_of(Keep::ABOVE, Elect::WEIGHTED), parts);
   merge("breadcrumbs", deltas, sweep_of(Keep::BAND), parts);
+  merge("nearswap", tensor_of(all + 3, 1, true), sweep_of(Keep::CLIP), parts);
   merge("dare_linear", deltas, sweep_of(Keep::BERNOULLI), rescaled);
   merge("dare_ties", deltas, sweep_of(Keep::BERNOULLI, Elect::WEIGHTED), rescaled);
 

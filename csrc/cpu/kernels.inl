@@ -97,6 +97,10 @@ F in_band(F delta, const uint32_t* thresholds, const float* tops) {
   return L::where(L::at_least(L::magnitude(delta), L::load(thresholds)), below);
 }
 
+F clipped(F delta, const Part& part) {
+  return L::clip(delta, L::set(-part.magnitude), L::set(part.magnitude));
+}
+
 // One sweep over [from, to) of a chunk, whole lines. The outputs are float32, or of the inputs' own dtype. Reads models
 // (+ 1) x size_of(dtype) bytes per element, and writes one element per setting.
 template <DType dtype, bool has_base, bool same_dtype, Keep keep, Elect elect, Mass by>
@@ -132,6 +136,8 @@ uint32_t sweep_run(const Call& call, int from, int to) {
       if constexpr (keep == Keep::BAND) {
         const int place = model * LINE + v * L::width;
         deltas[v] = in_band(deltas[v], call.thresholds + place, call.tops + place);
+      } else if constexpr (keep == Keep::CLIP) {
+        deltas[v] = clipped(deltas[v], call.parts[model]);
       } else if constexpr (keep == Keep::ABOVE) {
         const U threshold = L::load(call.thresholds + model * LINE + v * L::width);
         const U magnitude = L::magnitude(deltas[v]);
@@ -250,7 +256,7 @@ bool leaves_alone(const Tensor& tensor, const Sweep& sweep, const Part& part) {
 }
 
 using Run = uint32_t (*)(const Call&, int, int);
-constexpr int KEEPS = 4;
+constexpr int KEEPS = 5;
 constexpr int VOTES = 10;  // no election, or one of three kinds with one of three masses
 
 // index = (((dtype x 2 + has_base) x 2 + same_dtype) x KEEPS + keep) x VOTES + vote
@@ -643,6 +649,10 @@ void norms(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t 
           L::store(values + at, in_band(L::load(values + at), scratch.thresholds, scratch.tops));
         }
       });
+    } else if (keep == Keep::CLIP) {
+      for (int at = 0; at < padded(count); at += L::width) {
+        L::store(values + at, clipped(L::load(values + at), parts[model]));
+      }
     } else if (keep == Keep::BERNOULLI) {
       draw(parts[model], begin, count, scratch.kept);
       for (int at = 0; at < padded(count); at += L::width) {

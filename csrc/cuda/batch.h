@@ -8,7 +8,7 @@
 namespace fastmerge {
 namespace {
 
-constexpr size_t KEEPS = 4;
+constexpr size_t KEEPS = 5;
 constexpr size_t VOTES = 10;  // no election, or one of three kinds with one of three masses
 
 // The number of a combination of stages: keep x VOTES + vote.

@@ -208,14 +208,16 @@ __device__ void sizes(const Measured& tensor, const View* views, const Part* par
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       uint32_t kept = 0;
-      if constexpr (stages == 2) kept = kept8<keep>(parts[few.model[i]], deltas[i], tensor.begin + at);
+      if constexpr (stages == 2 && keep != Keep::CLIP)
+        kept = kept8<keep>(parts[few.model[i]], deltas[i], tensor.begin + at);
 #pragma unroll
       for (int e = 0; e < EIGHT; ++e) {
-        const float magnitude = fabsf(deltas[i][e]);
-        const double wide = magnitude;
 #pragma unroll
         for (int stage = 0; stage < stages; ++stage) {
-          if (stage == 1 && !(kept >> e & 1)) continue;
+          if (stage == 1 && keep != Keep::CLIP && !(kept >> e & 1)) continue;
+          float magnitude = fabsf(deltas[i][e]);
+          if (stage == 1 && keep == Keep::CLIP) magnitude = fminf(magnitude, parts[few.model[i]].magnitude);
+          const double wide = magnitude;
           totals[i][3 * stage] += wide;
           totals[i][3 * stage + 1] = fma(wide, wide, totals[i][3 * stage + 1]);
           largest[i][stage] = fmaxf(largest[i][stage], magnitude);
@@ -257,6 +259,7 @@ __device__ inline void measure(Norms, const Measured& tensor, const View* views,
     case Keep::ABOVE: return sizes<Keep::ABOVE>(tensor, views, parts, from, to, sums);
     case Keep::BERNOULLI: return sizes<Keep::BERNOULLI>(tensor, views, parts, from, to, sums);
     case Keep::BAND: return sizes<Keep::BAND>(tensor, views, parts, from, to, sums);
+    case Keep::CLIP: return sizes<Keep::CLIP>(tensor, views, parts, from, to, sums);
   }
 }
 

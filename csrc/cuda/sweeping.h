@@ -145,6 +145,9 @@ struct Sweeping {
       const float magnitude = cut ? cut->magnitude : part.magnitude;
       keep_above(delta, magnitude, below(cut ? cut->ties_end : part.ties_end, flat));
       if (keep == Keep::BAND) drop_above(delta, part.top_magnitude, below(part.top_ties_end, flat));
+    } else if constexpr (keep == Keep::CLIP) {
+      const float limit = cut ? cut->magnitude : part.magnitude;
+      for (float& d : delta) d = d > limit ? limit : d < -limit ? -limit : d;
     } else if constexpr (keep == Keep::BERNOULLI) {
       for (int i = 0; i < EIGHT; ++i) delta[i] = kept >> i & 1 ? delta[i] : 0.0f;
     }
