@@ -142,18 +142,10 @@ def _spread(deltas: Sequence[Tensor]) -> Tensor:
     return spread
 
 
-def ram(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """RAM (arXiv:2601.13572): the mean of the deltas that exceed epsilon where they do."""
-    return _touched(models, base, number(settings.shared, "epsilon"), 0.0, 0.0)
-
-
 def ramplus_tl(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """RAM+: where a model alone exceeds epsilon its delta grows, by up to r * alpha, with how much it shares."""
+    """RAM+ (arXiv:2601.13572): the mean of the deltas that exceed epsilon where they do; where a model alone does its
+    delta grows, by up to r * alpha, with how much it shares."""
     epsilon, r, alpha = (number(settings.shared, name) for name in ("epsilon", "r", "alpha"))
-    return _touched(models, base, epsilon, r, alpha)
-
-
-def _touched(models: Sequence[Tensor], base: Tensor, epsilon: float, r: float, alpha: float) -> Tensor:
     deltas = [delta(model, base) for model in models]
     actives = [~(each.abs() <= epsilon) for each in deltas]  # a NaN is
     count = torch.zeros_like(base)
@@ -257,7 +249,6 @@ FUNCTIONS: Mapping[str, Function] = {
         della_linear,
         arcee_fusion,
         sce,
-        ram,
         ramplus_tl,
     )
 }

@@ -186,6 +186,11 @@ def _nearswap(settings: Settings, _: Measured) -> Sweep:
     return Sweep((Part(magnitude=max(0.0, number(settings.shared, "t"))),), Keep.CLIP)
 
 
+def _ram(settings: Settings, _: Measured) -> Sweep:
+    part = Part(magnitude=number(settings.shared, "epsilon"), ties_end=0)
+    return Sweep((part,) * len(settings.models), Keep.ABOVE, mean=Mean.CONTRIBUTORS)
+
+
 def _slerp(settings: Settings, measured: Measured) -> Sweep:
     return _summed(spherical.slerp(measured.gram, number(settings.shared, "t")))
 
@@ -355,7 +360,7 @@ _EPSILON = Parameter(
     low=0.0,
     high=0.5,
 )
-_TOUCHED = Parameter("epsilon", float, 1e-5, "magnitude of a delta that counts as none")
+_TOUCHED = Parameter("epsilon", float, 1e-5, "magnitude of a delta that counts as none", low=0.0)
 _ELECTION = (
     Parameter("elect", str, "weighted", "what votes for the sign", words=("weighted", "plain", "count")),
     Parameter("tie_vote", str, "positive", "what a vote of zero elects", words=("positive", "zero")),
@@ -494,6 +499,7 @@ _ROWS = (
         base=Base.ORIGIN,
         models=(1, None),
         parameters=(_TOUCHED,),
+        sweep=_ram,
     ),
     Method(
         name="ramplus_tl",

@@ -126,7 +126,8 @@ def mean(deltas: Sequence[Tensor], weighted: Sequence[Tensor], sweep: Sweep) -> 
         total = weighted[0]
         for term in weighted[1:]:
             total = total + term
-        return total / _nonzero(_scalar(sweep.divisor, total).expand_as(total))
+        counted = sweep.mean is Mean.CONTRIBUTORS
+        return total / _nonzero(_contributors(weighted) if counted else _scalar(sweep.divisor, total).expand_as(total))
     ballots = weighted if sweep.elect is Elect.WEIGHTED else deltas
     agrees = agreement(ballots, sweep)
     zero = _scalar(0.0, weighted[0])
@@ -144,7 +145,7 @@ def mass(ballots: Sequence[Tensor], agrees: Sequence[Tensor], sweep: Sweep) -> T
     if sweep.mean is Mean.COUNT:
         return _sum([agree.to(like.dtype) for agree in agrees])
     if sweep.mean is Mean.CONTRIBUTORS:
-        return _sum([(ballot != 0).to(like.dtype) for ballot in ballots])
+        return _contributors(ballots)
     return _scalar(sweep.divisor, like).expand_as(like)
 
 
@@ -184,6 +185,10 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
     for term in terms:
         total = total + term
     return total
+
+
+def _contributors(voices: Sequence[Tensor]) -> Tensor:
+    return _sum([(voice != 0).to(voice.dtype) for voice in voices])
 
 
 def _nonzero(mass: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Mean(IntEnum):
     SUM = 0  # by `Sweep.divisor`, the same for each element
     WEIGHTS = 1  # by the sum of the agreeing weights
     COUNT = 2  # by the number of agreeing models
-    CONTRIBUTORS = 3  # by the number of models whose voice (D_i or d_i, as Elect says) is not zero
+    CONTRIBUTORS = 3  # by the number of models whose voice (D_i or d_i, as Elect says; else D_i) is not zero
 
 
 class Rescale(IntEnum):
@@ -95,7 +95,7 @@ class Sweep:
     keep: Keep = Keep.ALL
     elect: Elect = Elect.NONE
     tie_vote: TieVote = TieVote.POSITIVE
-    mean: Mean = Mean.SUM  # anything but SUM needs an election
+    mean: Mean = Mean.SUM  # without an election SUM or CONTRIBUTORS
     divisor: float = 1.0  # Mean.SUM
     lambda_: float = 1.0
 

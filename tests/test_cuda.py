@@ -32,6 +32,7 @@ from test_ops import (  # noqa: F401  run here by the provider of this file
     test_merge_of_many_tensors_is_each_alone,
     test_narrowing_is_to_nearest_even,
     test_nothing_to_add_leaves_the_bits_of_the_base,
+    test_without_an_election_no_model_agrees,
 )
 
 from fastmerge import reference
@@ -386,7 +387,7 @@ def test_no_sweep_spills(compiled: Compiled) -> None:
         log,
         re.DOTALL,
     )
-    assert len(kernels) == 50
+    assert len(kernels) == 55
     for keep, elect, registers in kernels:
         crowded = int(keep) == Keep.BERNOULLI and int(elect) != Elect.NONE
         assert int(registers) <= (168 if crowded else 128), "fewer than 384 or 512 threads on a processor"

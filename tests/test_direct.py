@@ -104,7 +104,6 @@ CASES = {
     "sce-top": Case("sce", 1.0, lambda b, m: oracles.sce(b, m, 0.4), {"select_topk": 0.4}, models=2),
     "sce-of-one": Case("sce", 1.0, lambda b, m: b, {"select_topk": 0.4}, models=1),
     "sce-of-small-deltas": Case("sce", 1.0, oracles.sce, size=2.0**-10),
-    "ram": Case("ram", 1.0, lambda b, m: oracles.ram(b, m, 0.5), {"epsilon": 0.5}),  # as large as some deltas are
     "ramplus_tl": Case(
         "ramplus_tl", 1.5, lambda b, m: oracles.ram(b, m, 0.7, 0.5, 0.9), {"epsilon": 0.7, "r": 0.5, "alpha": 0.9}
     ),
@@ -210,7 +209,7 @@ def test_drops_do_not_depend_on_the_rows_drawn_together(monkeypatch: pytest.Monk
         np.testing.assert_array_equal(drops(rows, 0.4, 0.2), expected)
 
 
-@pytest.mark.parametrize("method", ["arcee_fusion", "sce", "ram"])
+@pytest.mark.parametrize("method", ["arcee_fusion", "sce", "ramplus_tl"])
 def test_a_nan_stays(method: str) -> None:
     base, models = family("F32", METHODS[method].models[1] or 3)
     models[0][77] = np.nan
@@ -235,7 +234,6 @@ RECIPES = {
     "della_linear": f"{THREE}parameters: {{weight: 0.4, density: 0.6, epsilon: [0.1, 0.3]}}\n",
     "arcee_fusion": TWO,
     "sce": f"{THREE}parameters: {{select_topk: 0.3}}\n",
-    "ram": f"{THREE}parameters: {{epsilon: 0.002}}\n",
     "ramplus_tl": f"{THREE}parameters: {{epsilon: 0.002, r: 0.5}}\n",
 }
 
@@ -319,7 +317,7 @@ def test_several_outputs_of_one_read() -> None:
     assert names[0] != names[1]
 
 
-@pytest.mark.parametrize("method", ["sce", "ram", "della"])
+@pytest.mark.parametrize("method", ["sce", "ramplus_tl", "della"])
 def test_a_model_without_the_tensor_has_no_part_in_it(models: dict[str, dict[str, torch.Tensor]], method: str) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     del models["b"][name]
@@ -369,8 +367,8 @@ def test_without_torch_a_merge_says_what_to_install(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 def test_a_backend_asked_for_by_name_does_not_fall_back(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastmerge.choice.Choice._take", lambda *_: None)  # looks for a GPU
-    with pytest.raises(BackendError, match=f"ram is not fused and runs by torch alone, not by {backend}"):
-        fastmerge.merge(recipe("ram"), "out", backend=backend)
+    with pytest.raises(BackendError, match=f"ramplus_tl is not fused and runs by torch alone, not by {backend}"):
+        fastmerge.merge(recipe("ramplus_tl"), "out", backend=backend)
     assert not Path("out").exists()
 
 

@@ -53,6 +53,7 @@ RECIPES = {
         f"merge_method: breadcrumbs_ties\n{BASED}parameters: {{weight: 0.4, density: 0.6, rescale: true}}\n"
     ),
     "nearswap": "merge_method: nearswap\nbase_model: base\nmodels: [model: a]\nparameters: {t: 0.002}\n",
+    "ram": f"merge_method: ram\n{BASED}parameters: {{epsilon: 0.002}}\n",
     "dare_linear": f"merge_method: dare_linear\n{BASED}parameters: {{weight: 0.4, density: 0.6}}\n",
     "dare_ties": f"merge_method: dare_ties\n{BASED}parameters: {{weight: 0.4, density: 0.6}}\n",
     "nuslerp": "merge_method: nuslerp\nmodels: [model: a, model: b]\nparameters: {weight: [0.2, 0.7]}\n",

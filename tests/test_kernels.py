@@ -41,6 +41,7 @@ from test_ops import (  # noqa: F401  run here by the provider of this file
     test_nothing_to_add_leaves_the_bits_of_the_base,
     test_threshold_of_a_group_is_that_of_its_tensors_end_to_end,
     test_what_is_not_finite_is_not_measured,
+    test_without_an_election_no_model_agrees,
 )
 
 from fastmerge import reference

@@ -434,6 +434,26 @@ def test_nearswap_keeps_a_nan(provider: ModuleType) -> None:
     assert np.flatnonzero(np.isnan(found)).tolist() == [77]
 
 
+# --- RAM ---
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 0.4999, 1e-5, 0.0, 9.0])  # some deltas are as large as the first
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_ram(provider: ModuleType, count: int, epsilon: float) -> None:
+    base, models = family(models=count)
+    found = merge_by("ram", provider, models, base, shared={"epsilon": epsilon})
+    expected = oracles.ram(base, models, epsilon)
+    assert_within_rounding(found, expected, base, [model - base for model in models])
+    assert (found != base).any() == (epsilon < 9.0)
+
+
+def test_ram_keeps_a_nan(provider: ModuleType) -> None:
+    base, models = family()
+    models[0][77] = np.nan
+    found = merge_by("ram", provider, models, base)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [77]
+
+
 # --- DARE ---
 
 

@@ -68,6 +68,7 @@ STAGES = [
     for keep in Keep
     for elect, tie_vote, mean in [
         (Elect.NONE, TieVote.POSITIVE, Mean.SUM),
+        (Elect.NONE, TieVote.POSITIVE, Mean.CONTRIBUTORS),
         *itertools.product([Elect.WEIGHTED, Elect.PLAIN, Elect.COUNT], TieVote, Mean),
     ]
 ]
@@ -211,7 +212,7 @@ def test_no_sweeps_write_nothing(provider: ModuleType) -> None:
 
 # --- merge: the numbers of the oracle ---
 
-ELECTIONS = [("none", "positive", "none")] + [
+ELECTIONS = [("none", "positive", "none"), ("none", "positive", "contributors")] + [
     (elect, tie_vote, divide)
     for elect in ("weighted", "plain", "count")
     for tie_vote in ("positive", "zero")
@@ -247,6 +248,8 @@ def test_merge_is_within_rounding_of_the_oracle(provider: ModuleType, elect: str
 
     if elect == "none":
         merged, mass = oracles.weighted_sum(kept, weights, normalize=False), 1.0
+        if divide == "contributors":
+            merged /= np.maximum(np.count_nonzero(kept, axis=0), 1)
     else:
         merged = oracles.consensus(kept, weights, elect, tie_vote, divide)
         mass = 0.25  # the least |sum| of any of these weights but 0, which counts as 1
@@ -353,6 +356,18 @@ def test_a_mass_of_zero_counts_as_one(provider: ModuleType) -> None:
     sweep = Sweep((Part(1.0), Part(-1.0)), elect=Elect.WEIGHTED, mean=Mean.WEIGHTS)
     same_bits(merged_values(provider, [[2.0], [-3.0]], [0.0], sweep), [5.0])
     same_bits(merged_values(provider, [[2.0], [-3.0]], [0.0], Sweep((Part(), Part()), divisor=0.0)), [-1.0])
+
+
+def test_without_an_election_no_model_agrees(provider: ModuleType) -> None:
+    """Means by those that agree are sums then; a model of weight 0 contributes nothing, a NaN does."""
+    models = [[3.0, 3.0, 0.0, np.nan], [1.0, 1.0, 0.0, 0.0], [2.0, 0.0, 0.0, 1.0]]
+    for mean, expected in (
+        (Mean.WEIGHTS, [2.5, 1.5, 0.0]),
+        (Mean.COUNT, [2.5, 1.5, 0.0]),
+        (Mean.CONTRIBUTORS, [2.5, 3, 0]),
+    ):
+        sweep = Sweep((Part(), Part(0.0), Part()), mean=mean, divisor=2.0)
+        same_bits(merged_values(provider, models, None, sweep), [*expected, np.nan])
 
 
 def test_equals_are_kept_below_the_end_of_ties(provider: ModuleType) -> None:

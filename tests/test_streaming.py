@@ -876,7 +876,7 @@ def test_a_gpu_that_takes_over_midway_changes_no_byte(recipe: str, put: Put, mon
 
 
 @pytest.mark.usefixtures("driver")
-@pytest.mark.parametrize("first", ["linear", "ram"], ids=["gpu-first", "alone"])
+@pytest.mark.parametrize("first", ["linear", "ramplus_tl"], ids=["gpu-first", "alone"])
 def test_what_is_no_sweep_never_sees_a_gpu(first: str, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a GPU woken for it, whatever it takes the CPU."""
     gpu = put(FakeCuda())

@@ -97,6 +97,9 @@ int main() {
   merge("ties", deltas, sweep_of(Keep::ABOVE, Elect::WEIGHTED), parts);
   merge("breadcrumbs", deltas, sweep_of(Keep::BAND), parts);
   merge("nearswap", tensor_of(all + 3, 1, true), sweep_of(Keep::CLIP), parts);
+  Sweep ram = sweep_of(Keep::ABOVE);
+  ram.mean = static_cast<uint8_t>(Mean::CONTRIBUTORS);
+  merge("ram", deltas, ram, parts);
   merge("dare_linear", deltas, sweep_of(Keep::BERNOULLI), rescaled);
   merge("dare_ties", deltas, sweep_of(Keep::BERNOULLI, Elect::WEIGHTED), rescaled);
 

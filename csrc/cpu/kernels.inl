@@ -156,14 +156,26 @@ uint32_t sweep_run(const Call& call, int from, int to) {
   const auto means_at = [&](int at, const F* bases, F* means) {
     F deltas[vectors];
     if constexpr (elect == Elect::NONE) {
+      constexpr bool counted = by == Mass::CONTRIBUTORS;
+      F counts[vectors];
       kept_deltas(0, at, bases, means);
-      for (int v = 0; v < vectors; ++v) means[v] = means[v] * L::set(call.parts[0].weight);
+      for (int v = 0; v < vectors; ++v) {
+        means[v] = means[v] * L::set(call.parts[0].weight);
+        if (counted) counts[v] = contributors<L>(L::zero(), means[v]);
+      }
       for (int model = 1; model < models; ++model) {
         const F weight = L::set(call.parts[model].weight);
         kept_deltas(model, at, bases, deltas);
-        for (int v = 0; v < vectors; ++v) means[v] = means[v] + deltas[v] * weight;
+        for (int v = 0; v < vectors; ++v) {
+          const F term = deltas[v] * weight;
+          means[v] = means[v] + term;
+          if (counted) counts[v] = contributors<L>(counts[v], term);
+        }
       }
-      for (int v = 0; v < vectors; ++v) means[v] = divide ? means[v] / divisor : means[v];
+      for (int v = 0; v < vectors; ++v) {
+        if (counted) means[v] = means[v] / one_if_zero<L>(counts[v]);
+        if (!counted && divide) means[v] = means[v] / divisor;
+      }
     } else {
       Ballot<L> ballots[vectors];
       for (int model = 0; model < models; ++model) {
@@ -257,14 +269,14 @@ bool leaves_alone(const Tensor& tensor, const Sweep& sweep, const Part& part) {
 
 using Run = uint32_t (*)(const Call&, int, int);
 constexpr int KEEPS = 5;
-constexpr int VOTES = 10;  // no election, or one of three kinds with one of three masses
+constexpr int VOTES = 4 * 3;  // no election, or one of three kinds; with one of three masses
 
 // index = (((dtype x 2 + has_base) x 2 + same_dtype) x KEEPS + keep) x VOTES + vote
 template <size_t index>
 constexpr Run run_at() {
   constexpr size_t vote = index % VOTES, keep = index / VOTES % KEEPS, inputs = index / VOTES / KEEPS;
-  constexpr auto elect = static_cast<Elect>((vote + 2) / 3);
-  constexpr auto by = static_cast<Mass>(vote == 0 ? 0 : (vote - 1) % 3);
+  constexpr auto elect = static_cast<Elect>(vote / 3);
+  constexpr auto by = mass_of(elect, static_cast<Mass>(vote % 3));
   return sweep_run<static_cast<DType>(inputs / 4), inputs / 2 % 2 == 1, inputs % 2 == 1, static_cast<Keep>(keep), elect,
                    by>;
 }
@@ -278,7 +290,7 @@ Run run_of(size_t chosen, std::index_sequence<index...>) {
 Run run_of(DType dtype, bool has_base, bool same_dtype, const Sweep& sweep) {
   const auto mean = static_cast<Mean>(sweep.mean);
   const auto by = mean == Mean::SUM ? Mass::DIVISOR : mean == Mean::CONTRIBUTORS ? Mass::CONTRIBUTORS : Mass::AGREEING;
-  const size_t vote = sweep.elect == 0 ? 0 : (sweep.elect - 1u) * 3 + 1 + static_cast<size_t>(by);
+  const size_t vote = sweep.elect * size_t{3} + static_cast<size_t>(by);
   const size_t stages = ((static_cast<size_t>(dtype) * 2 + has_base) * 2 + same_dtype) * KEEPS + sweep.keep;
   return run_of(stages * VOTES + vote, std::make_index_sequence<3 * 2 * 2 * KEEPS * VOTES>());
 }

@@ -158,6 +158,7 @@ struct Sweeping {
       const float weighted = delta[i] * part.weight;
       if constexpr (elect == Elect::NONE) {
         ballots[i].sum = ballots[i].sum + weighted;
+        if (by == Mass::CONTRIBUTORS) ballots[i].mass_positive = contributors<L>(ballots[i].mass_positive, weighted);
       } else {
         vote<L, elect, by>(ballots[i], delta[i], weighted, part.mass);
       }
@@ -172,7 +173,11 @@ struct Sweeping {
     for (int i = 0; i < EIGHT; ++i) {
       mass[i] = divisor;
       out[i] = ballots[i].sum;
-      if constexpr (elect != Elect::NONE) out[i] = elected<L, by>(ballots[i], least, mass[i]);
+      if constexpr (elect != Elect::NONE) {
+        out[i] = elected<L, by>(ballots[i], least, mass[i]);
+      } else if constexpr (by == Mass::CONTRIBUTORS) {
+        mass[i] = one_if_zero<L>(ballots[i].mass_positive);
+      }
     }
     if (by != Mass::DIVISOR || divisor != 1.0f) {
       for (int i = 0; i < EIGHT; ++i) out[i] = out[i] / mass[i];
