@@ -239,7 +239,8 @@ PYBIND11_MODULE(_core, module) {
   PYBIND11_NUMPY_DTYPE(Row, elements, begin, models, inputs, settings, group);
   PYBIND11_NUMPY_DTYPE(View, address, dtype);
   PYBIND11_NUMPY_DTYPE(Sweep, keep, elect, tie_vote, mean, divisor, lambda, padding);
-  PYBIND11_NUMPY_DTYPE(Part, weight, rescale, magnitude, mass, ties_end, cut, key);
+  PYBIND11_NUMPY_DTYPE(Part, weight, rescale, magnitude, mass, ties_end, cut, key, top_ties_end, top_magnitude,
+                       padding);
   PYBIND11_NUMPY_DTYPE(Target, offset, file, dtype);
 
   module.attr("__version__") = FASTMERGE_VERSION;

@@ -111,7 +111,7 @@ py::array_t<Sweep> sweeps(const py::object& settings) {
 
 py::array_t<Part> parts(const py::object& settings) {
   static const Name parts("parts"), mean("mean"), weight("weight"), rescale("rescale"), magnitude("magnitude"),
-      ties_end("ties_end"), cut("cut"), key("key");
+      ties_end("ties_end"), cut("cut"), key("key"), top_ties_end("top_ties_end"), top_magnitude("top_magnitude");
   std::vector<Part> records;
   for_each(settings.ptr(), [&](PyObject* each) {
     for_each(each, [&](PyObject* sweep) {
@@ -119,7 +119,8 @@ py::array_t<Part> parts(const py::object& settings) {
       for_each(parts.of(sweep).ptr(), [&](PyObject* part) {
         const float own = weight.number_of(part);
         records.push_back({own, rescale.number_of(part), magnitude.number_of(part), by_weights ? own : 1.0f,
-                           whole(ties_end.of(part).ptr()), natural(cut.of(part).ptr()), natural(key.of(part).ptr())});
+                           whole(ties_end.of(part).ptr()), natural(cut.of(part).ptr()), natural(key.of(part).ptr()),
+                           whole(top_ties_end.of(part).ptr()), top_magnitude.number_of(part), 0.0f});
       });
     });
   });

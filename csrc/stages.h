@@ -12,6 +12,11 @@ namespace {
 // What the agreeing sum is divided by.
 enum class Mass { DIVISOR, AGREEING, CONTRIBUTORS };
 
+// Without an election nobody agrees or does not.
+constexpr Mass mass_of(Elect elect, Mass by) {
+  return elect == Elect::NONE && by == Mass::AGREEING ? Mass::DIVISOR : by;
+}
+
 // What the models of one element have said so far, kept apart by the sign of what they say: once the vote is known the
 // side that won is the answer, so no delta is held or read twice. The sums start at +0 and so are never -0: leaving a
 // term out and adding a zero are the same.
@@ -24,6 +29,18 @@ struct Ballot {
   F mass_positive = L::zero();
   F mass_negative = L::zero();
 };
+
+// One more where a term is not zero; a NaN is not.
+template <class L>
+FASTMERGE_INLINE typename L::F contributors(typename L::F count, typename L::F term) {
+  const auto some = L::either(L::not_le(term, L::zero()), L::not_ge(term, L::zero()));
+  return L::add_where(count, some, L::set(1.0f));
+}
+
+template <class L>
+FASTMERGE_INLINE typename L::F one_if_zero(typename L::F mass) {
+  return L::pick(L::eq(mass, L::zero()), L::set(1.0f), mass);
+}
 
 template <class L, Elect elect, Mass by>
 FASTMERGE_INLINE void vote(Ballot<L>& ballot, typename L::F delta, typename L::F weighted, typename L::F mass) {
@@ -58,7 +75,7 @@ FASTMERGE_INLINE typename L::F elected(const Ballot<L>& ballot, typename L::F le
   const auto agreed = L::pick(positive, ballot.positive, L::where(negative, ballot.negative));
   if constexpr (by != Mass::DIVISOR) {
     mass = L::pick(positive, ballot.mass_positive, L::where(negative, ballot.mass_negative));
-    mass = L::pick(L::eq(mass, L::zero()), L::set(1.0f), mass);
+    mass = one_if_zero<L>(mass);
   }
   return agreed;
 }

@@ -6,7 +6,7 @@
 
 namespace fastmerge {
 
-enum class Keep : uint8_t { ALL = 0, ABOVE = 1, BERNOULLI = 2 };
+enum class Keep : uint8_t { ALL = 0, ABOVE = 1, BERNOULLI = 2, BAND = 3, CLIP = 4 };
 enum class Elect : uint8_t { NONE = 0, WEIGHTED = 1, PLAIN = 2, COUNT = 3 };
 enum class TieVote : uint8_t { POSITIVE = 0, ZERO = 1 };
 enum class Mean : uint8_t { SUM = 0, WEIGHTS = 1, COUNT = 2, CONTRIBUTORS = 3 };
@@ -31,11 +31,14 @@ struct View {
 struct Part {
   float weight;
   float rescale;
-  float magnitude;   // ABOVE: |d| > magnitude stays, and == magnitude below ties_end
+  float magnitude;   // ABOVE, BAND: |d| > magnitude stays, and == magnitude below ties_end; CLIP: the largest |d|
   float mass;        // what this model adds to the divisor when it agrees
-  int64_t ties_end;  // ABOVE
+  int64_t ties_end;  // ABOVE, BAND
   uint64_t cut;      // BERNOULLI: 0 ... 2^32
   uint64_t key;      // BERNOULLI
+  int64_t top_ties_end;
+  float top_magnitude;  // BAND: of these |d| > top_magnitude goes, and == top_magnitude below top_ties_end
+  float padding;
 };
 
 struct Sweep {

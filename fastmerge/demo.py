@@ -39,8 +39,11 @@ _PARENTS = ("base", "code", "maths", "prose")
 _PARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "task_arithmetic": {"lambda": 0.5},
     "ties": {"density": 0.2},
+    "breadcrumbs": {"density": 0.2, "lambda": 0.5},
+    "breadcrumbs_ties": {"density": 0.2, "lambda": 0.5},
     "dare_linear": {"density": 0.5, "lambda": 0.5},
     "dare_ties": {"density": 0.5, "lambda": 0.5},
+    "nearswap": {"t": 0.001},
     "slerp": {"t": 0.5},
 }
 

@@ -35,17 +35,7 @@ def function(
     return merged
 
 
-# --- deltas that are kept by their size, or dropped by it ---
-
-
-def breadcrumbs(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """Model breadcrumbs (arXiv:2312.06795): of each delta neither the largest elements nor the smallest, summed."""
-    return _merged(_bands(models, base, settings), base, settings, averaged)
-
-
-def breadcrumbs_ties(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """The same of each delta, and of those the ones that agree with the vote."""
-    return _merged(_bands(models, base, settings), base, settings, elected)
+# --- deltas that are dropped by their rank ---
 
 
 def della(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
@@ -68,27 +58,6 @@ def _merged(
     own = zip(kept, settings.models, strict=True)
     parts = tuple(Part(number(model, "weight"), factor) for (_, factor), model in own)
     return _swept([each for each, _ in kept], base, combined(settings, parts, Keep.ALL))
-
-
-def _bands(models: Sequence[Tensor], base: Tensor, settings: Settings) -> list[tuple[Tensor, float]]:
-    word, kept = rescaling(False, settings), []
-    for model, own in zip(models, settings.models, strict=True):
-        change, density = delta(model, base), number(own, "density")
-        band = _band(change, density, number(own, "gamma"))
-        factor = 1.0 / density if word == "inverse" and density > 0.0 else _ratio(change, band, word)
-        kept.append((band, factor))
-    return kept
-
-
-def _band(change: Tensor, density: float, gamma: float) -> Tensor:
-    """int(density n) elements below the int(gamma n) largest, or fewer of those where that would leave too few."""
-    if density >= 1.0:
-        return change
-    count = change.numel()
-    inside = int(density * count)
-    outliers = min(int(gamma * count), count - inside)
-    kept = _largest(change, outliers + inside) & ~_largest(change, outliers)
-    return torch.where(kept | change.isnan(), change, 0.0)
 
 
 def _drops(models: Sequence[Tensor], base: Tensor, settings: Settings) -> list[tuple[Tensor, float]]:
@@ -124,13 +93,6 @@ def _dropped(change: Tensor, density: float, epsilon: float, key: int, inverse: 
 
 
 # --- one other model ---
-
-
-def nearswap(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """base + clamp(t / abs(d), 0, 1) d, which is d cut to [-t, t]."""
-    (model,) = models
-    step = max(0.0, number(settings.shared, "t"))
-    return add(base, delta(model, base).clamp(-step, step))
 
 
 def arcee_fusion(models: Sequence[Tensor], base: Tensor, _: Settings) -> Tensor:
@@ -180,18 +142,10 @@ def _spread(deltas: Sequence[Tensor]) -> Tensor:
     return spread
 
 
-def ram(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """RAM (arXiv:2601.13572): the mean of the deltas that exceed epsilon where they do."""
-    return _touched(models, base, number(settings.shared, "epsilon"), 0.0, 0.0)
-
-
 def ramplus_tl(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """RAM+: where a model alone exceeds epsilon its delta grows, by up to r * alpha, with how much it shares."""
+    """RAM+ (arXiv:2601.13572): the mean of the deltas that exceed epsilon where they do; where a model alone does its
+    delta grows, by up to r * alpha, with how much it shares."""
     epsilon, r, alpha = (number(settings.shared, name) for name in ("epsilon", "r", "alpha"))
-    return _touched(models, base, epsilon, r, alpha)
-
-
-def _touched(models: Sequence[Tensor], base: Tensor, epsilon: float, r: float, alpha: float) -> Tensor:
     deltas = [delta(model, base) for model in models]
     actives = [~(each.abs() <= epsilon) for each in deltas]  # a NaN is
     count = torch.zeros_like(base)
@@ -291,14 +245,10 @@ def _norms(values: Tensor) -> tuple[float, float, float]:
 FUNCTIONS: Mapping[str, Function] = {
     each.__name__: each
     for each in (
-        breadcrumbs,
-        breadcrumbs_ties,
         della,
         della_linear,
-        nearswap,
         arcee_fusion,
         sce,
-        ram,
         ramplus_tl,
     )
 }

@@ -56,8 +56,8 @@ class _Joint:
         if not groups:
             return []
         held = list(self._pieces)
-        whole = [piece.inputs for piece in held]
-        return [self._ops.threshold([whole], [wanted], run)[0] for wanted in ranks]
+        groups = [[piece.inputs.selected(wanted) for piece in held] for wanted in ranks]
+        return self._ops.threshold(groups, ranks, run)
 
     def gram(self, tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]:
         if not tensors:

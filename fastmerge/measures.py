@@ -115,7 +115,13 @@ def _selected(batch: Batch, provider: Measuring, cuts: Cuts, run: Run) -> dict[i
         for i, each in given.items()
     }
     once = list(dict.fromkeys((i, each) for i, those in wanted.items() for each in those if each))
-    found = provider.threshold([[batch.inputs[i]] for i, _ in once], [each for _, each in once], run)
+    tick = run.tick
+    looks = max((len(each) // len(batch.inputs[i].models) for i, each in once), default=1)
+    found = provider.threshold(
+        [[batch.inputs[i].selected(each)] for i, each in once],
+        [each for _, each in once],
+        run._replace(tick=tick and (lambda read: tick(read // looks))),  # of one read
+    )
     chosen = dict(zip(once, found, strict=True))
     return {
         i: [has or chosen[i, each] for has, each in zip(given[i], those, strict=True)] for i, those in wanted.items()
@@ -165,13 +171,13 @@ def _left_open(
 ) -> tuple[list[Sweep], tuple[int, ...]] | None:
     """For a method that wants to know its cuts only and takes them as they come: the sweeps, which leave them open,
     and the ranks of `count` elements."""
-    wanted = {ranks(settings, count) for settings in variants}
-    if method.gram or len(wanted) > 1 or any(rescale_of(method, each) is not Rescale.NONE for each in variants):
+    wanted, *others = {ranks(settings, count) for settings in variants}
+    if method.gram or others or any(rescale_of(method, each) is not Rescale.NONE for each in variants):
         return None
-    probe = Measured((_PROBE,) * len(variants[0].models))
+    probe = Measured((_PROBE,) * len(wanted))
     sweeps = [method.sweep(settings, probe) for settings in variants]
     as_they_come = all(Cut(part.magnitude, part.ties_end) == _PROBE for sweep in sweeps for part in sweep.parts)
-    return (sweeps, wanted.pop()) if as_they_come and all(sweep.keep is Keep.ABOVE for sweep in sweeps) else None
+    return (sweeps, wanted) if as_they_come and all(sweep.keep is Keep.ABOVE for sweep in sweeps) else None
 
 
 def model_cuts(stage: Stage, reader: Reader, backend: str, worked: backends.Worked, run: Run) -> Cuts:

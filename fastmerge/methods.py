@@ -61,7 +61,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the ops said of one tensor: the cut per model (`ranks`), the M x M Gram matrix of the models (`gram`)."""
+    """What the ops said of one tensor: the cuts at its `ranks`, the M x M Gram matrix of the models (`gram`)."""
 
     cuts: tuple[Cut, ...] = ()
     gram: Sequence[Sequence[float]] = ()
@@ -102,7 +102,13 @@ class Method:
 
 @lru_cache
 def ranks(settings: Settings, count: int) -> tuple[int, ...]:
-    """How many of `count` elements each model keeps: max(1, int(density * count)), none at density 0."""
+    """How many of `count` elements each model keeps: max(1, int(density * count)), none at density 0.
+
+    Where it keeps a band (gamma): how many lie above the lower end of each model's, then how many above the upper end.
+    """
+    if all("gamma" in model for model in settings.models):
+        bands = [_band(number(model, "density"), number(model, "gamma"), count) for model in settings.models]
+        return (*(low for low, _ in bands), *(high for _, high in bands))
     return tuple(_rank(number(model, "density"), count) for model in settings.models)
 
 
@@ -160,12 +166,29 @@ def _ties(settings: Settings, measured: Measured) -> Sweep:
     return elected(settings, parts, Keep.ABOVE)
 
 
+def _breadcrumbs(settings: Settings, measured: Measured) -> Sweep:
+    return averaged(settings, _banded(settings, measured), Keep.BAND)
+
+
+def _breadcrumbs_ties(settings: Settings, measured: Measured) -> Sweep:
+    return elected(settings, _banded(settings, measured), Keep.BAND)
+
+
 def _dare_linear(settings: Settings, _: Measured) -> Sweep:
     return averaged(settings, _dropped(settings), Keep.BERNOULLI)
 
 
 def _dare_ties(settings: Settings, _: Measured) -> Sweep:
     return elected(settings, _dropped(settings), Keep.BERNOULLI)
+
+
+def _nearswap(settings: Settings, _: Measured) -> Sweep:
+    return Sweep((Part(magnitude=max(0.0, number(settings.shared, "t"))),), Keep.CLIP)
+
+
+def _ram(settings: Settings, _: Measured) -> Sweep:
+    part = Part(magnitude=number(settings.shared, "epsilon"), ties_end=0)
+    return Sweep((part,) * len(settings.models), Keep.ABOVE, mean=Mean.CONTRIBUTORS)
 
 
 def _slerp(settings: Settings, measured: Measured) -> Sweep:
@@ -228,6 +251,33 @@ def elected(settings: Settings, parts: tuple[Part, ...], keep: Keep) -> Sweep:
         ],
         lambda_=number(shared, "lambda"),
     )
+
+
+def _banded(settings: Settings, measured: Measured) -> tuple[Part, ...]:
+    """Parts whose elements stay where they are neither too small nor too large."""
+    count = len(settings.models)
+    own = zip(_weights(settings), settings.models, measured.cuts[:count], measured.cuts[count:], strict=True)
+    return tuple(
+        Part(
+            weight,
+            _inverse(False, settings, model),
+            magnitude=low.magnitude,
+            ties_end=low.ties_end,
+            top_magnitude=high.magnitude,
+            top_ties_end=high.ties_end,
+        )
+        for weight, model, low, high in own
+    )
+
+
+def _band(density: float, gamma: float, count: int) -> tuple[int, int]:
+    """Between which ranks int(density * count) elements lie: below the int(gamma * count) largest, or below fewer
+    where that would leave too few."""
+    if density >= 1.0:
+        return count, 0
+    inside = int(density * count)
+    top = min(int(gamma * count), count - inside) if inside else 0
+    return top + inside, top
 
 
 def _dropped(settings: Settings) -> tuple[Part, ...]:
@@ -310,7 +360,7 @@ _EPSILON = Parameter(
     low=0.0,
     high=0.5,
 )
-_TOUCHED = Parameter("epsilon", float, 1e-5, "magnitude of a delta that counts as none")
+_TOUCHED = Parameter("epsilon", float, 1e-5, "magnitude of a delta that counts as none", low=0.0)
 _ELECTION = (
     Parameter("elect", str, "weighted", "what votes for the sign", words=("weighted", "plain", "count")),
     Parameter("tie_vote", str, "positive", "what a vote of zero elects", words=("positive", "zero")),
@@ -398,6 +448,8 @@ _ROWS = (
         base=Base.ORIGIN,
         models=(1, None),
         parameters=(*_ARITHMETIC, _DENSITY, _GAMMA, _NORMALIZE, _RESCALE),
+        sweep=_breadcrumbs,
+        selects=True,
     ),
     Method(
         name="breadcrumbs_ties",
@@ -406,6 +458,8 @@ _ROWS = (
         base=Base.ORIGIN,
         models=(1, None),
         parameters=(*_ARITHMETIC, _DENSITY, _GAMMA, _NORMALIZE, _RESCALE, *_ELECTION),
+        sweep=_breadcrumbs_ties,
+        selects=True,
     ),
     Method(
         name="della",
@@ -445,6 +499,7 @@ _ROWS = (
         base=Base.ORIGIN,
         models=(1, None),
         parameters=(_TOUCHED,),
+        sweep=_ram,
     ),
     Method(
         name="ramplus_tl",
@@ -465,6 +520,7 @@ _ROWS = (
         base=Base.ORIGIN,
         models=(1, 1),
         parameters=(Parameter("t", float, help="how far an element may move", required=True),),
+        sweep=_nearswap,
     ),
     Method(
         name="arcee_fusion",

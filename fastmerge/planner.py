@@ -269,8 +269,8 @@ def _passes(method: Method, variants: tuple[Settings, ...]) -> int:
 
 
 def _densities(variants: Iterable[Settings]) -> set[tuple[Any, ...]]:
-    """The different densities of the models, each of which is measured for itself."""
-    return {tuple(model.get("density") for model in settings.models) for settings in variants}
+    """What is kept of the models, in different ways, each of which is measured for itself."""
+    return {tuple((model.get("density"), model.get("gamma")) for model in settings.models) for settings in variants}
 
 
 def _info(job: Job, begin: int) -> TensorInfo:

@@ -87,15 +87,18 @@ def delta(model: Tensor, base: Tensor | None) -> Tensor:
 
 
 def keep(delta: Tensor, how: Keep, part: Part, begin: int) -> Tensor:
-    """The delta where kept, +0 elsewhere; `begin` is the flat index of its first element."""
+    """The delta where kept, +0 elsewhere, or clipped; `begin` is the flat index of its first element."""
     if how is Keep.ALL:
         return delta
+    if how is Keep.CLIP:
+        limit = _scalar(part.magnitude, delta)
+        return torch.where(delta.abs() > limit, limit.copysign(delta), delta)
     if how is Keep.BERNOULLI:
         kept = random_bits(part.key, begin, len(delta)) < part.cut
     else:
-        magnitudes, cut = _magnitude_bits(delta), _magnitude_bits(_scalar(part.magnitude, delta))
-        index = torch.arange(begin, begin + len(delta))
-        kept = (magnitudes > cut) | ((magnitudes == cut) & (index < part.ties_end))
+        kept = _above(delta, part.magnitude, part.ties_end, begin)
+    if how is Keep.BAND:
+        kept &= ~_above(delta, part.top_magnitude, part.top_ties_end, begin) | delta.isnan()
     return torch.where(kept, delta, _scalar(0.0, delta))
 
 
@@ -123,7 +126,8 @@ def mean(deltas: Sequence[Tensor], weighted: Sequence[Tensor], sweep: Sweep) -> 
         total = weighted[0]
         for term in weighted[1:]:
             total = total + term
-        return total / _nonzero(_scalar(sweep.divisor, total).expand_as(total))
+        counted = sweep.mean is Mean.CONTRIBUTORS
+        return total / _nonzero(_contributors(weighted) if counted else _scalar(sweep.divisor, total).expand_as(total))
     ballots = weighted if sweep.elect is Elect.WEIGHTED else deltas
     agrees = agreement(ballots, sweep)
     zero = _scalar(0.0, weighted[0])
@@ -141,7 +145,7 @@ def mass(ballots: Sequence[Tensor], agrees: Sequence[Tensor], sweep: Sweep) -> T
     if sweep.mean is Mean.COUNT:
         return _sum([agree.to(like.dtype) for agree in agrees])
     if sweep.mean is Mean.CONTRIBUTORS:
-        return _sum([(ballot != 0).to(like.dtype) for ballot in ballots])
+        return _contributors(ballots)
     return _scalar(sweep.divisor, like).expand_as(like)
 
 
@@ -168,12 +172,23 @@ def sweep_tile(models: Sequence[Tensor], base: Tensor | None, sweep: Sweep, begi
     return add(base, scale(mean(deltas, weighted, sweep), sweep.lambda_))
 
 
+def _above(delta: Tensor, magnitude: float, ties_end: int, begin: int) -> Tensor:
+    """Where |delta| is above a magnitude, or equal to it at a flat index below `ties_end`; a NaN is above all."""
+    magnitudes, cut = _magnitude_bits(delta), _magnitude_bits(_scalar(magnitude, delta))
+    index = torch.arange(begin, begin + len(delta))
+    return (magnitudes > cut) | ((magnitudes == cut) & (index < ties_end))
+
+
 def _sum(terms: Sequence[Tensor]) -> Tensor:
     """From +0, left to right."""
     total = torch.zeros_like(terms[0])
     for term in terms:
         total = total + term
     return total
+
+
+def _contributors(voices: Sequence[Tensor]) -> Tensor:
+    return _sum([(voice != 0).to(voice.dtype) for voice in voices])
 
 
 def _nonzero(mass: Tensor) -> Tensor:
@@ -252,10 +267,10 @@ def _norms(inputs: Inputs, sweep: Sweep, run: Run) -> NDArray[np.float64]:
     found = np.zeros((len(inputs.models), 2, 3))
     for begin, models, base in _tiles(inputs, _TILE, run, _arithmetic(inputs.views)):
         for model, part, stages in zip(models, sweep.parts, found, strict=True):
-            before = delta(model, base)
+            before = _finite(delta(model, base))
             kept = keep(before, sweep.keep, part, inputs.begin + begin)
             for norm, values in zip(stages, (before, kept), strict=True):
-                magnitudes = _finite(values).abs().to(torch.float64)
+                magnitudes = values.abs().to(torch.float64)
                 norm[0] += float(magnitudes.sum())
                 norm[1] += float((magnitudes * magnitudes).sum())
                 norm[2] = max(norm[2], float(magnitudes.max()))

@@ -3,7 +3,7 @@
 A sweep computes, for each element, in float32 and in the order of the models:
 
     d_i  = model_i - base                      (model_i itself without a base)
-    d_i  = d_i where kept, else 0              Keep
+    d_i  = d_i where kept, else 0              Keep (CLIP: cut to what is allowed)
     d_i  = d_i * rescale_i
     D_i  = d_i * weight_i
     v    = sign of the vote                    Elect (none: every model takes part)
@@ -15,7 +15,8 @@ and rounds once, to nearest even, into the output's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -34,6 +35,8 @@ class Keep(IntEnum):
     ALL = 0
     ABOVE = 1  # |d| > magnitude, or equal to it at a flat index below ties_end; a NaN stays
     BERNOULLI = 2  # at random, with probability cut / 2**32
+    BAND = 3  # as ABOVE, but not > top_magnitude, nor equal to that at a flat index below top_ties_end; a NaN stays
+    CLIP = 4  # all, but what is larger than magnitude becomes that, with its own sign; a NaN stays
 
 
 class Elect(IntEnum):
@@ -58,7 +61,7 @@ class Mean(IntEnum):
     SUM = 0  # by `Sweep.divisor`, the same for each element
     WEIGHTS = 1  # by the sum of the agreeing weights
     COUNT = 2  # by the number of agreeing models
-    CONTRIBUTORS = 3  # by the number of models whose voice (D_i or d_i, as Elect says) is not zero
+    CONTRIBUTORS = 3  # by the number of models whose voice (D_i or d_i, as Elect says; else D_i) is not zero
 
 
 class Rescale(IntEnum):
@@ -76,10 +79,12 @@ class Part:
 
     weight: float = 1.0
     rescale: float = 1.0
-    magnitude: float = 0.0  # Keep.ABOVE
-    ties_end: int = EVERY  # Keep.ABOVE
+    magnitude: float = 0.0  # Keep.ABOVE, Keep.BAND, Keep.CLIP; not negative
+    ties_end: int = EVERY  # Keep.ABOVE, Keep.BAND
     cut: int = CERTAIN  # Keep.BERNOULLI, 0 ... 2**32
     key: int = 0  # Keep.BERNOULLI, 64 bits
+    top_magnitude: float = math.inf  # Keep.BAND
+    top_ties_end: int = 0  # Keep.BAND
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ class Sweep:
     keep: Keep = Keep.ALL
     elect: Elect = Elect.NONE
     tie_vote: TieVote = TieVote.POSITIVE
-    mean: Mean = Mean.SUM  # anything but SUM needs an election
+    mean: Mean = Mean.SUM  # without an election SUM or CONTRIBUTORS
     divisor: float = 1.0  # Mean.SUM
     lambda_: float = 1.0
 
@@ -120,6 +125,10 @@ class Inputs(NamedTuple):
     def views(self) -> tuple[View, ...]:
         """All that is read, the base last."""
         return self.models if self.base is None else (*self.models, self.base)
+
+    def selected(self, ranks: Sequence[int]) -> Inputs:
+        """What a selection is given at these ranks, one or more of each model: all models, as often."""
+        return self._replace(models=self.models * (len(ranks) // len(self.models)))
 
 
 class Target(NamedTuple):

@@ -89,7 +89,7 @@ def _listed(models: Sequence[Tensor]) -> list[Tensor]:
     return list(models)
 
 
-# --- sweeps as the flat lists of a schema: stages [K, 4], numbers [K, 2 + 3 M], wholes [K, 3 M] ---
+# --- sweeps as the flat lists of a schema: stages [K, 4], numbers [K, 2 + 4 M], wholes [K, 4 M] ---
 
 
 def _flat(sweeps: Sequence[Sweep]) -> tuple[list[int], list[float], list[int]]:
@@ -100,32 +100,32 @@ def _flat(sweeps: Sequence[Sweep]) -> tuple[list[int], list[float], list[int]]:
         stages += [int(sweep.keep), int(sweep.elect), int(sweep.tie_vote), int(sweep.mean)]
         numbers += [float(sweep.divisor), float(sweep.lambda_)]
         for part in sweep.parts:
-            numbers += [float(part.weight), float(part.rescale), float(part.magnitude)]
-            wholes += [part.ties_end, part.cut, _signed(part.key)]
+            numbers += [float(part.weight), float(part.rescale), float(part.magnitude), float(part.top_magnitude)]
+            wholes += [part.ties_end, part.cut, _signed(part.key), part.top_ties_end]
     return stages, numbers, wholes
 
 
 def _sweeps(models: int, stages: Sequence[int], numbers: Sequence[float], wholes: Sequence[int]) -> list[Sweep]:
     settings = len(stages) // 4
-    if (len(stages), len(numbers), len(wholes)) != (4 * settings, (2 + 3 * models) * settings, 3 * models * settings):
+    if (len(stages), len(numbers), len(wholes)) != (4 * settings, (2 + 4 * models) * settings, 4 * models * settings):
         raise MismatchError(
             f"{len(stages)} stages, {len(numbers)} numbers and {len(wholes)} whole numbers are no settings of "
-            f"{models} models: give 4, {2 + 3 * models} and {3 * models} for each"
+            f"{models} models: give 4, {2 + 4 * models} and {4 * models} for each"
         )
     sweeps = []
     for k in range(settings):
         keep, elect, tie_vote, mean = stages[4 * k : 4 * k + 4]
-        divisor, lambda_, *factors = numbers[(2 + 3 * models) * k : (2 + 3 * models) * (k + 1)]
-        places = wholes[3 * models * k : 3 * models * (k + 1)]
-        parts = tuple(_part(factors[i : i + 3], places[i : i + 3]) for i in range(0, 3 * models, 3))
+        divisor, lambda_, *factors = numbers[(2 + 4 * models) * k : (2 + 4 * models) * (k + 1)]
+        places = wholes[4 * models * k : 4 * models * (k + 1)]
+        parts = tuple(_part(factors[i : i + 4], places[i : i + 4]) for i in range(0, 4 * models, 4))
         sweeps.append(Sweep(parts, Keep(keep), Elect(elect), TieVote(tie_vote), Mean(mean), divisor, lambda_))
     return sweeps
 
 
 def _part(factors: Sequence[float], places: Sequence[int]) -> Part:
-    weight, rescale, magnitude = factors
-    ties_end, cut, key = places
-    return Part(weight, rescale, magnitude, ties_end, cut, key % 2**64)
+    weight, rescale, magnitude, top_magnitude = factors
+    ties_end, cut, key, top_ties_end = places
+    return Part(weight, rescale, magnitude, ties_end, cut, key % 2**64, top_magnitude, top_ties_end)
 
 
 def _signed(key: int) -> int:

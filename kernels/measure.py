@@ -97,8 +97,9 @@ def norms_kernel(
         _base, deltas = deltas_of(row, dtypes, has_base, start, place, inside, aligned)
         more = ()
         for m in tl.static_range(models):
-            kept = keep(deltas[m], parts + m * PART, begin + start, how, block)
-            more = more + _with(totals[6 * m], totals[6 * m + 1], totals[6 * m + 2], deltas[m])
+            delta = _finite(deltas[m])
+            kept = keep(delta, parts + m * PART, begin + start, how, block)
+            more = more + _with(totals[6 * m], totals[6 * m + 1], totals[6 * m + 2], delta)
             more = more + _with(totals[6 * m + 3], totals[6 * m + 4], totals[6 * m + 5], kept)
         totals = more
     sums += tl.program_id(0).to(tl.int64) * models * 6
@@ -112,7 +113,7 @@ def norms_kernel(
 @triton.jit
 def _with(total, squares, largest, values):
     """The three sums, grown by a block."""
-    magnitudes = tl.abs(_finite(values))
+    magnitudes = tl.abs(values)
     wide = magnitudes.to(tl.float64)
     shape: tl.constexpr = (values.shape[0] // LANE, LANE)
     peak = tl.max(tl.reshape(magnitudes, shape), axis=1)

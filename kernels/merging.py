@@ -148,6 +148,11 @@ def _merged(
         total = terms[0]  # not from +0: a negative zero stays
         for m in tl.static_range(1, models):
             total = total + terms[m]
+        if mean == _BY_CONTRIBUTORS:
+            counted = zero
+            for m in tl.static_range(models):
+                counted = counted + tl.where(terms[m] == 0.0, 0.0, 1.0)
+            mass = tl.where(counted == 0.0, 1.0, counted)
     else:
         vote = zero
         for m in tl.static_range(models):
@@ -295,7 +300,7 @@ def stages_of(sweeps: Sequence[Sweep]) -> tuple[tuple[int, ...], ...]:
             int(each.keep),
             int(each.elect),
             int(each.tie_vote),
-            int(each.mean) if each.elect else int(Mean.SUM),
+            int(each.mean) if each.elect or each.mean is Mean.CONTRIBUTORS else int(Mean.SUM),
             int(each.mean is not Mean.SUM or divisor(each) != 1.0),
         )
         for each in sweeps

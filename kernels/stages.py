@@ -10,6 +10,8 @@ from .random import pieces
 
 _ABOVE = tl.constexpr(int(Keep.ABOVE))
 _BERNOULLI = tl.constexpr(int(Keep.BERNOULLI))
+_BAND = tl.constexpr(int(Keep.BAND))
+_CLIP = tl.constexpr(int(Keep.CLIP))
 
 #: The words of a row: elements, flat index of the first, where its notes are, then the addresses.
 COUNT = tl.constexpr(0)
@@ -17,14 +19,16 @@ BEGIN = tl.constexpr(1)
 NOTES = tl.constexpr(2)
 ADDRESSES = tl.constexpr(3)
 
-#: The words of a model in a setting: weight, rescale, magnitude, ties_end, cut, key.
-PART = tl.constexpr(6)
+#: The words of a model in a setting: weight, rescale, magnitude, ties_end, cut, key, top_magnitude, top_ties_end.
+PART = tl.constexpr(8)
 WEIGHT = tl.constexpr(0)
 RESCALE = tl.constexpr(1)
 _MAGNITUDE = tl.constexpr(2)
 _TIES_END = tl.constexpr(3)
 _CUT = tl.constexpr(4)
 _KEY = tl.constexpr(5)
+_TOP_MAGNITUDE = tl.constexpr(6)
+_TOP_TIES_END = tl.constexpr(7)
 
 #: Neighbours that a thread has in its own registers, where a block has enough elements for all threads.
 LANE = tl.constexpr(8)
@@ -94,13 +98,20 @@ def number(words):
 
 @triton.jit
 def keep(delta, part, start, how: tl.constexpr, block: tl.constexpr):
-    """The delta where kept, +0 elsewhere; `part` is the model's in the setting, `start` the flat index of the first."""
+    """The delta where kept, +0 elsewhere, or clipped.
+
+    `part` is the model's in the setting, `start` the flat index of the first element.
+    """
     if how == _ABOVE:
-        bits = magnitude_bits(delta)
-        cut = tl.load(part + _MAGNITUDE).to(tl.int32)
-        below = tl.minimum(tl.maximum(tl.load(part + _TIES_END) - start, 0), block).to(tl.int32)  # in this block
-        kept = (bits > cut) | ((bits == cut) & (tl.arange(0, block) < below))
-        delta = tl.where(kept, delta, 0.0)
+        delta = tl.where(_above(delta, part + _MAGNITUDE, part + _TIES_END, start, block), delta, 0.0)
+    if how == _BAND:
+        kept = _above(delta, part + _MAGNITUDE, part + _TIES_END, start, block)
+        gone = _above(delta, part + _TOP_MAGNITUDE, part + _TOP_TIES_END, start, block) & (delta == delta)
+        delta = tl.where(kept & ~gone, delta, 0.0)
+    if how == _CLIP:
+        bits, limit = delta.to(tl.int32, bitcast=True), tl.load(part + _MAGNITUDE).to(tl.int32)
+        clipped = (limit | (bits ^ (bits & 0x7FFFFFFF))).to(tl.float32, bitcast=True)
+        delta = tl.where(tl.abs(delta) > limit.to(tl.float32, bitcast=True), clipped, delta)
     if how == _BERNOULLI:
         cut, key = tl.load(part + _CUT), tl.load(part + _KEY)
         first, upper = pieces(key, start, 0, block), (cut >> 16).to(tl.int32)
@@ -111,6 +122,14 @@ def keep(delta, part, start, how: tl.constexpr, block: tl.constexpr):
             kept = kept | (equal & (second < lower).to(tl.int32))
         delta = tl.where(kept > 0, delta, 0.0)
     return delta
+
+
+@triton.jit
+def _above(delta, magnitude, ties_end, start, block: tl.constexpr):
+    """Where |delta| is above a magnitude, or equal to it at a flat index below the end of ties."""
+    bits, cut = magnitude_bits(delta), tl.load(magnitude).to(tl.int32)
+    below = tl.minimum(tl.maximum(tl.load(ties_end) - start, 0), block).to(tl.int32)  # in this block
+    return (bits > cut) | ((bits == cut) & (tl.arange(0, block) < below))
 
 
 #: Elements of a block by the number of inputs, whose elements must fit in registers. Not yet measured on a card.

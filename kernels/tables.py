@@ -107,15 +107,21 @@ def upload(words: NDArray[np.int64], device: torch.device) -> Tensor:
 
 
 def setting(sweep: Sweep) -> list[int]:
-    """The words of a setting: six per model (see `stages`), the divisor (a 0 counts as 1) and lambda.
+    """The words of a setting: eight per model (see `stages`), the divisor (a 0 counts as 1) and lambda.
 
     What is a float32 goes by its bits.
     """
-    floats = [number for part in sweep.parts for number in (part.weight, part.rescale, abs(part.magnitude))]
+    floats = [
+        number
+        for part in sweep.parts
+        for number in (part.weight, part.rescale, abs(part.magnitude), abs(part.top_magnitude))
+    ]
     bits = _bits([*floats, divisor(sweep), sweep.lambda_])
     words = []
     for m, part in enumerate(sweep.parts):
-        words += [*bits[3 * m : 3 * m + 3], part.ties_end, part.cut, signed(part.key)]
+        weight, rescale, magnitude, top_magnitude = bits[4 * m : 4 * m + 4]
+        words += [weight, rescale, magnitude, part.ties_end, part.cut, signed(part.key), top_magnitude]
+        words.append(part.top_ties_end)
     return [*words, *bits[-2:]]
 
 

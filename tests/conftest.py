@@ -163,7 +163,8 @@ def measured_sweep(
     """The sweep of a method, with what it wants to know measured; `cuts` where they are known already."""
     inputs, run = tensors.inputs, Run()
     if method.selects and not cuts:
-        (cuts,) = provider.threshold([[inputs]], [ranks(settings, inputs.elements)], run)
+        wanted = ranks(settings, inputs.elements)
+        (cuts,) = provider.threshold([[inputs.selected(wanted)]], [wanted], run)
     gram = provider.gram([inputs], run)[0].tolist() if method.gram else ()
     sweep = method.sweep(settings, Measured(cuts, gram))
     norm = rescale_of(method, settings)

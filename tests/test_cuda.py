@@ -18,6 +18,9 @@ import test_ops
 import torch
 from conftest import Memory, Tensors, bits, decode, merge
 from test_ops import (  # noqa: F401  run here by the provider of this file
+    test_a_band_begins_and_ends_where_its_ties_do,
+    test_a_band_leaves_out_the_infinite_and_keeps_what_is_no_number,
+    test_a_clip_leaves_the_sign_and_what_is_no_number,
     test_a_dropped_nan_is_gone_and_a_trimmed_one_stays,
     test_a_mass_of_zero_counts_as_one,
     test_a_nan_is_never_outvoted,
@@ -29,6 +32,7 @@ from test_ops import (  # noqa: F401  run here by the provider of this file
     test_merge_of_many_tensors_is_each_alone,
     test_narrowing_is_to_nearest_even,
     test_nothing_to_add_leaves_the_bits_of_the_base,
+    test_without_an_election_no_model_agrees,
 )
 
 from fastmerge import reference
@@ -112,6 +116,7 @@ def test_a_part_of_a_tensor_is_swept_at_its_place(provider: ModuleType, begin: i
         (Keep.BERNOULLI, Part(cut=2**31 + 12_345, key=0xFEDCBA9876543210)),
         (Keep.ABOVE, Part(magnitude=0.5, ties_end=begin + TILE + 4)),
         (Keep.ABOVE, Part(magnitude=0.5, ties_end=begin)),
+        (Keep.BAND, Part(magnitude=0.25, ties_end=begin + 9, top_magnitude=0.5, top_ties_end=begin + TILE + 4)),
     ):
         sweep, output = Sweep((part, part), keep), Memory(4 * count)
         inputs = tensors.inputs._replace(begin=begin)
@@ -382,7 +387,7 @@ def test_no_sweep_spills(compiled: Compiled) -> None:
         log,
         re.DOTALL,
     )
-    assert len(kernels) == 30
+    assert len(kernels) == 55
     for keep, elect, registers in kernels:
         crowded = int(keep) == Keep.BERNOULLI and int(elect) != Elect.NONE
         assert int(registers) <= (168 if crowded else 128), "fewer than 384 or 512 threads on a processor"

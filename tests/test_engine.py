@@ -48,6 +48,12 @@ RECIPES = {
     "ties": f"merge_method: ties\n{BASED}parameters: {{weight: 0.7, density: 0.3}}\n",
     "ties-rescaled": f"merge_method: ties\n{BASED}parameters: {{weight: 0.7, density: 0.3, rescale: l2}}\n",
     "ties-of-model": f"merge_method: ties\n{BASED}parameters: {{weight: 0.7, density: 0.3, scope: model}}\n",
+    "breadcrumbs": f"merge_method: breadcrumbs\n{BASED}parameters: {{weight: 0.4, density: 0.6, gamma: 0.1}}\n",
+    "breadcrumbs_ties": (
+        f"merge_method: breadcrumbs_ties\n{BASED}parameters: {{weight: 0.4, density: 0.6, rescale: true}}\n"
+    ),
+    "nearswap": "merge_method: nearswap\nbase_model: base\nmodels: [model: a]\nparameters: {t: 0.002}\n",
+    "ram": f"merge_method: ram\n{BASED}parameters: {{epsilon: 0.002}}\n",
     "dare_linear": f"merge_method: dare_linear\n{BASED}parameters: {{weight: 0.4, density: 0.6}}\n",
     "dare_ties": f"merge_method: dare_ties\n{BASED}parameters: {{weight: 0.4, density: 0.6}}\n",
     "nuslerp": "merge_method: nuslerp\nmodels: [model: a, model: b]\nparameters: {weight: [0.2, 0.7]}\n",

@@ -28,6 +28,8 @@ RECIPES = {
     "ties-rescaled": f"merge_method: ties\n{BASED}parameters: {{weight: 0.7, density: 0.3, rescale: linf}}\n",
     "dare_ties": f"merge_method: dare_ties\n{BASED}parameters: {{weight: 0.4, density: 0.6}}\n",
     "slerp": "merge_method: slerp\nbase_model: a\nmodels: [model: a, model: b]\nparameters: {t: 0.3}\n",
+    "breadcrumbs": f"merge_method: breadcrumbs\n{BASED}parameters: {{weight: 0.7, density: 0.3, gamma: 0.2}}\n",
+    "ram": f"merge_method: ram\n{BASED}parameters: {{epsilon: 0.01}}\n",
     "filter-wise": f"merge_method: model_stock\n{BASED}parameters: {{filter_wise: true}}\n",
     "della": f"merge_method: della\n{BASED}parameters: {{weight: 0.7, density: 0.3}}\n",
 }

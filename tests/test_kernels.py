@@ -22,6 +22,9 @@ import test_ops
 import torch
 from conftest import Memory, Tensors, bits, decode, merge
 from test_ops import (  # noqa: F401  run here by the provider of this file
+    test_a_band_begins_and_ends_where_its_ties_do,
+    test_a_band_leaves_out_the_infinite_and_keeps_what_is_no_number,
+    test_a_clip_leaves_the_sign_and_what_is_no_number,
     test_a_dropped_nan_is_gone_and_a_trimmed_one_stays,
     test_a_mass_of_zero_counts_as_one,
     test_a_nan_is_never_outvoted,
@@ -38,6 +41,7 @@ from test_ops import (  # noqa: F401  run here by the provider of this file
     test_nothing_to_add_leaves_the_bits_of_the_base,
     test_threshold_of_a_group_is_that_of_its_tensors_end_to_end,
     test_what_is_not_finite_is_not_measured,
+    test_without_an_election_no_model_agrees,
 )
 
 from fastmerge import reference
@@ -389,7 +393,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from fastmerge.kernels import device, measure, merging, select
-from fastmerge.methods import METHODS, Base, Measured, Settings
+from fastmerge.methods import METHODS, Base, Measured, Settings, ranks
 from fastmerge.sweep import Cut, Inputs, Keep, Run, Target, View
 
 class Card:  # what a launch asks before it compiles
@@ -419,7 +423,8 @@ def sweep_of(method):  # by its defaults, of as many models as it takes, at most
         tuple(range(models)),
     )
     gram = [[1.0 if i == j else 0.5 for j in range(models)] for i in range(models)]
-    return method.sweep(settings, Measured((Cut(0.5, 9),) * models, gram))
+    cuts = (Cut(0.5, 9),) * len(ranks(settings, 100) if method.selects else ())
+    return method.sweep(settings, Measured(cuts, gram))
 
 def job(sweeps, has_base):
     targets = [Target("BF16", 65536 * (1 + k)) for k in range(len(sweeps))]

@@ -337,6 +337,123 @@ def test_one_threshold_over_a_model(provider: ModuleType, ties: str) -> None:
     assert_within_rounding(np.concatenate(found), expected, base, terms, min(WEIGHTS))
 
 
+# --- Model breadcrumbs ---
+
+BAND = {"density": (0.3, 0.9, 0.55), "gamma": (0.05, 0.3, 0.013)}  # the second leaves less to gamma than it asks for
+
+
+@pytest.mark.parametrize("rescale", ["none", "inverse", "l1", "l2", "linf"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("weights", [WEIGHTS, SIGNED], ids=["positive", "negative"])
+def test_breadcrumbs(provider: ModuleType, rescale: str, normalize: bool, weights: tuple[float, ...]) -> None:
+    base, models = family()
+    shared = {"rescale": rescale, "normalize": normalize, "lambda": 0.7}
+    found = merge_by("breadcrumbs", provider, models, base, weight=weights, shared=shared, **BAND)
+    expected = oracles.breadcrumbs(
+        base, models, weights, *BAND.values(), normalize=normalize, lambda_=0.7, rescale=rescale
+    )
+    terms = [0.7 * 8 * w * (x - base) for w, x in zip(weights, models, strict=True)]  # no rescale is by more than 8
+    assert_within_rounding(found, expected, base, terms, abs(sum(weights)) if normalize else 1.0)
+    assert 0.5 * COUNT < np.count_nonzero(found != base) < COUNT
+
+
+@pytest.mark.parametrize("elect", ["weighted", "plain", "count"])
+@pytest.mark.parametrize("tie_vote", ["positive", "zero"])
+@pytest.mark.parametrize("divide", ["weights", "count", "contributors", "none"])
+def test_breadcrumbs_ties(provider: ModuleType, elect: str, tie_vote: str, divide: str) -> None:
+    base, models = family()
+    options = {"rescale": "l2", "elect": elect, "tie_vote": tie_vote, "divide": divide}
+    found = merge_by("breadcrumbs_ties", provider, models, base, weight=WEIGHTS, shared=options, **BAND)
+    expected = oracles.breadcrumbs_ties(base, models, WEIGHTS, *BAND.values(), **options)
+    terms = [8 * w * (x - base) for w, x in zip(WEIGHTS, models, strict=True)]
+    assert_within_rounding(found, expected, base, terms, min(WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    ("density", "gamma", "expected"),
+    [
+        (0.5, 0.1, [0, -4, 3, -3, 0, 1, 0, 0, 0, 4]),  # one of the three fours goes, and one of the three ones stays
+        (0.5, 0.0, [4, -4, 3, -3, 0, 0, 0, 0, 0, 4]),
+        (0.5, 0.25, [0, 0, 3, -3, 0, 1, 0, -1, 0, 4]),
+        (0.9, 0.5, [0, -4, 3, -3, 2**-30, 1, 0, -1, 1, 4]),  # all that density leaves to gamma is one
+        (1.0, 0.5, [4, -4, 3, -3, 2**-30, 1, 0, -1, 1, 4]),
+        (0.05, 0.1, [0] * 10),  # int(density n) is none
+        (0.0, 0.1, [0] * 10),
+    ],
+    ids=["band", "no-gamma", "gamma", "density-first", "density-1", "under-one", "density-0"],
+)
+def test_a_band_keeps_its_count_and_of_equals_the_first(
+    provider: ModuleType, density: float, gamma: float, expected: list[float]
+) -> None:
+    delta = np.array([4, -4, 3, -3, 2**-30, 1, 0, -1, 1, 4])
+    found = merge_by("breadcrumbs", provider, [delta], 0 * delta, weight=[1.0], density=[density], gamma=[gamma])
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(oracles.band(delta, density, gamma), expected)
+
+
+@pytest.mark.parametrize("count", [2047, 70_003])
+def test_a_band_of_few_magnitudes_is_that_of_the_oracle(provider: ModuleType, count: int) -> None:
+    delta = np.random.default_rng(4).integers(-5, 6, count) / 4
+    for density, gamma in ((0.3, 0.1), (0.6, 0.6), (0.05, 0.9), (0.2, 0.0001)):
+        found = merge_by("breadcrumbs", provider, [delta], 0 * delta, weight=[1.0], density=[density], gamma=[gamma])
+        np.testing.assert_array_equal(found, oracles.band(delta, density, gamma))
+
+
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+def test_a_nan_stays_in_a_band(provider: ModuleType, method: str) -> None:
+    base, models = family()
+    models[0][77] = np.nan
+    found = merge_by(method, provider, models, base, weight=WEIGHTS, **BAND)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [77]
+
+
+# --- near swap ---
+
+
+@pytest.mark.parametrize("t", [0.25, 0.001, 7.0])
+def test_nearswap(provider: ModuleType, t: float) -> None:
+    base, (model,) = family(models=1)
+    found = merge_by("nearswap", provider, [model], base, shared={"t": t})
+    assert_within_rounding(found, oracles.nearswap(base, model, t), base, [model - base])
+    assert (found != base).any()
+
+
+@pytest.mark.parametrize("t", [0.0, -1.0])
+def test_nearswap_that_may_not_move_leaves_the_base(provider: ModuleType, t: float) -> None:
+    base, (model,) = family(models=1)
+    base[0] = -0.0
+    found = merge_by("nearswap", provider, [model], base, shared={"t": t})
+    np.testing.assert_array_equal(found, base)
+    assert np.signbit(found[0])
+
+
+def test_nearswap_keeps_a_nan(provider: ModuleType) -> None:
+    base, (model,) = family(models=1)
+    model[77] = np.nan
+    found = merge_by("nearswap", provider, [model], base, shared={"t": 0.1})
+    assert np.flatnonzero(np.isnan(found)).tolist() == [77]
+
+
+# --- RAM ---
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 0.4999, 1e-5, 0.0, 9.0])  # some deltas are as large as the first
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_ram(provider: ModuleType, count: int, epsilon: float) -> None:
+    base, models = family(models=count)
+    found = merge_by("ram", provider, models, base, shared={"epsilon": epsilon})
+    expected = oracles.ram(base, models, epsilon)
+    assert_within_rounding(found, expected, base, [model - base for model in models])
+    assert (found != base).any() == (epsilon < 9.0)
+
+
+def test_ram_keeps_a_nan(provider: ModuleType) -> None:
+    base, models = family()
+    models[0][77] = np.nan
+    found = merge_by("ram", provider, models, base)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [77]
+
+
 # --- DARE ---
 
 
@@ -378,6 +495,8 @@ def test_density_one_is_no_drop_to_the_bit(provider: ModuleType, rescale: str | 
     np.testing.assert_array_equal(found, merge_by("task_arithmetic", provider, models, base, weight=WEIGHTS))
     found = merge_by("dare_ties", provider, models, base, keys=KEYS, shared={"rescale": rescale}, **each)
     np.testing.assert_array_equal(found, merge_by("ties", provider, models, base, shared={"divide": "none"}, **each))
+    found = merge_by("breadcrumbs", provider, models, base, shared={"rescale": rescale}, **each)
+    np.testing.assert_array_equal(found, merge_by("task_arithmetic", provider, models, base, weight=WEIGHTS))
 
 
 def test_density_zero_leaves_the_base(provider: ModuleType) -> None:
@@ -420,6 +539,24 @@ def test_a_drop_is_right_on_average(provider: ModuleType) -> None:
 def test_ranks(density: float, count: int, rank: int) -> None:
     settings = Settings({}, ({"density": density}, {"density": 0.5}))
     assert ranks(settings, count) == (rank, max(1, count // 2))
+
+
+@pytest.mark.parametrize(
+    ("density", "gamma", "count", "low", "high"),
+    [
+        (0.5, 0.1, 10, 6, 1),
+        (0.9, 0.5, 10, 10, 1),
+        (1.0, 0.5, 10, 10, 0),
+        (0.0, 0.5, 10, 0, 0),
+        (0.05, 0.5, 10, 0, 0),
+        (0.5, 0.05, 10, 5, 0),
+        (0.3, 1.0, 10, 10, 7),
+        (0.5, 0.5, 0, 0, 0),
+    ],
+)
+def test_ranks_of_a_band(density: float, gamma: float, count: int, low: int, high: int) -> None:
+    settings = Settings({}, ({"density": density, "gamma": gamma}, {"density": 0.2, "gamma": 0.3}))
+    assert ranks(settings, count) == (low, count // 2, high, 3 * count // 10)
 
 
 @pytest.mark.parametrize("word", ["none", "inverse", "l1", "l2", "linf", True, False], ids=str)
@@ -476,7 +613,7 @@ def test_the_table_names_what_each_row_needs() -> None:
         "model_stock",
     ]
     assert [name for name, row in METHODS.items() if row.base is Base.OPTIONAL] == ["nuslerp", "multislerp"]
-    assert [name for name, row in METHODS.items() if row.selects] == ["ties"]
+    assert [name for name, row in METHODS.items() if row.selects] == ["ties", "breadcrumbs", "breadcrumbs_ties"]
     assert [name for name, row in METHODS.items() if row.random] == [
         "dare_linear",
         "dare_ties",

@@ -69,6 +69,7 @@ STAGES = [
     for keep in Keep
     for elect, tie_vote, mean in [
         (Elect.NONE, TieVote.POSITIVE, Mean.SUM),
+        (Elect.NONE, TieVote.POSITIVE, Mean.CONTRIBUTORS),
         *itertools.product([Elect.WEIGHTED, Elect.PLAIN, Elect.COUNT], TieVote, Mean),
     ]
 ]
@@ -127,6 +128,8 @@ def sweeps_of(case: Case) -> list[Sweep]:
             ties_end=draw.choice((0, EVERY, draw.randint(0, case.elements))),
             cut=draw.choice((0, CERTAIN, CERTAIN // 2, draw.randint(0, CERTAIN))),
             key=draw.getrandbits(64),
+            top_magnitude=draw.choice((0.0, 0.5, 0.75, 1.0, 2.0, 1e-44, float("inf"))),
+            top_ties_end=draw.choice((0, EVERY, draw.randint(0, case.elements))),
         )
 
     return [
@@ -210,7 +213,7 @@ def test_no_sweeps_write_nothing(provider: ModuleType) -> None:
 
 # --- merge: the numbers of the oracle ---
 
-ELECTIONS = [("none", "positive", "none")] + [
+ELECTIONS = [("none", "positive", "none"), ("none", "positive", "contributors")] + [
     (elect, tie_vote, divide)
     for elect in ("weighted", "plain", "count")
     for tie_vote in ("positive", "zero")
@@ -246,6 +249,8 @@ def test_merge_is_within_rounding_of_the_oracle(provider: ModuleType, elect: str
 
     if elect == "none":
         merged, mass = oracles.weighted_sum(kept, weights, normalize=False), 1.0
+        if divide == "contributors":
+            merged /= np.maximum(np.count_nonzero(kept, axis=0), 1)
     else:
         merged = oracles.consensus(kept, weights, elect, tie_vote, divide)
         mass = 0.25  # the least |sum| of any of these weights but 0, which counts as 1
@@ -286,14 +291,17 @@ def test_every_16_bit_number_survives_the_way_there_and_back(provider: ModuleTyp
 # --- merge: what is defined at the edges ---
 
 
-def merged_values(provider: ModuleType, models: list[list[float]], base: list[float], sweep: Sweep) -> np.ndarray:
+def merged_values(
+    provider: ModuleType, models: list[list[float]], base: list[float] | None, sweep: Sweep
+) -> np.ndarray:
     """Small float32 tensors, repeated so that whole lanes and the rest of a vector are both run."""
     models32 = [np.tile(np.array(model, np.float32), 37) for model in models]
-    tensors = Tensors([(model, "F32") for model in models32], (np.tile(np.array(base, np.float32), 37), "F32"))
+    base32 = None if base is None else (np.tile(np.array(base, np.float32), 37), "F32")
+    tensors = Tensors([(model, "F32") for model in models32], base32)
     ((raw,), _) = merge(provider, tensors, [sweep], ["F32"])
     rows = bits(raw, "F32").reshape(37, -1)
     assert (rows == rows[0]).all(), "an element's result depends on its place"
-    return raw[: 4 * len(base)].view(np.float32)
+    return raw[: 4 * len(models[0])].view(np.float32)
 
 
 def same_bits(found: np.ndarray, expected: list[float]) -> None:
@@ -351,12 +359,49 @@ def test_a_mass_of_zero_counts_as_one(provider: ModuleType) -> None:
     same_bits(merged_values(provider, [[2.0], [-3.0]], [0.0], Sweep((Part(), Part()), divisor=0.0)), [-1.0])
 
 
+def test_without_an_election_no_model_agrees(provider: ModuleType) -> None:
+    """Means by those that agree are sums then; a model of weight 0 contributes nothing, a NaN does."""
+    models = [[3.0, 3.0, 0.0, np.nan], [1.0, 1.0, 0.0, 0.0], [2.0, 0.0, 0.0, 1.0]]
+    for mean, expected in (
+        (Mean.WEIGHTS, [2.5, 1.5, 0.0]),
+        (Mean.COUNT, [2.5, 1.5, 0.0]),
+        (Mean.CONTRIBUTORS, [2.5, 3, 0]),
+    ):
+        sweep = Sweep((Part(), Part(0.0), Part()), mean=mean, divisor=2.0)
+        same_bits(merged_values(provider, models, None, sweep), [*expected, np.nan])
+
+
 def test_equals_are_kept_below_the_end_of_ties(provider: ModuleType) -> None:
     count, end = 5000, 3333
     values = np.where(np.arange(count) % 2, -0.5, 0.5)
     sweep = Sweep((Part(magnitude=0.5, ties_end=end),), Keep.ABOVE)
     ((raw,), _) = merge(provider, Tensors([(values, "BF16")]), [sweep], ["F32"], Run(2, 2048))
     np.testing.assert_array_equal(decode(raw, "F32"), np.where(np.arange(count) < end, values, 0.0))
+
+
+def test_a_band_begins_and_ends_where_its_ties_do(provider: ModuleType) -> None:
+    count, begin, end = 5000, 1111, 3333
+    values = np.where(np.arange(count) % 2, -0.5, 0.5)
+    values[[7, 3000]] = 0.75, -0.25
+    inside = (np.arange(count) >= begin) & (np.arange(count) < end) & (np.abs(values) == 0.5)
+    part = Part(magnitude=0.5, ties_end=end, top_magnitude=0.5, top_ties_end=begin)
+    ((raw,), _) = merge(provider, Tensors([(values, "BF16")]), [Sweep((part,), Keep.BAND)], ["F32"], Run(2, 2048))
+    np.testing.assert_array_equal(decode(raw, "F32"), np.where(inside, values, 0.0))
+
+
+def test_a_band_leaves_out_the_infinite_and_keeps_what_is_no_number(provider: ModuleType) -> None:
+    for top, ties_end, infinite in ((2.0, 0, [0, 0]), (np.inf, 0, [np.inf, -np.inf]), (np.inf, EVERY, [0, 0])):
+        sweep = Sweep((Part(magnitude=1.0, top_magnitude=top, top_ties_end=ties_end),), Keep.BAND)
+        values = [np.nan, np.inf, -np.inf, 1.5, 0.5]
+        same_bits(merged_values(provider, [values], [0.0] * 5, sweep), [np.nan, *infinite, 1.5, 0.0])
+
+
+def test_a_clip_leaves_the_sign_and_what_is_no_number(provider: ModuleType) -> None:
+    values = [np.nan, np.inf, -np.inf, 0.5, -0.5, 0.25, -0.25, 1e-45, -0.0]
+    for limit in (0.5, 0.25, 1e-45, 0.0):
+        cut = np.copysign(np.minimum(np.abs(values), limit), values).tolist()
+        sweep = Sweep((Part(magnitude=limit),), Keep.CLIP)
+        same_bits(merged_values(provider, [values], None, sweep), cut)
 
 
 def test_found_names_what_is_not_finite(provider: ModuleType) -> None:
@@ -370,14 +415,15 @@ def test_found_names_what_is_not_finite(provider: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("at", [8, 2048, 131_080, 2**33 + 2**20 + 8], ids=["line", "chunk", "tile", "beyond-32-bits"])
-@pytest.mark.parametrize("keep", [Keep.ABOVE, Keep.BERNOULLI])
+@pytest.mark.parametrize("keep", [Keep.ABOVE, Keep.BERNOULLI, Keep.BAND])
 def test_a_part_of_a_tensor_is_swept_at_its_place(provider: ModuleType, keep: Keep, at: int) -> None:
     """Random bits, the end of ties, and what is found count from the start of the whole tensor."""
     rng = np.random.default_rng(12)
     models = [(values_of("equal", 5000, rng), "BF16") for _ in range(2)]
     models[1][0][4321] = np.inf
+    cuts = {"ties_end": at + 2051, "top_magnitude": 0.75, "top_ties_end": at + 777}
     parts = (
-        Part(magnitude=0.5, ties_end=at + 2051, cut=2**31 + 12_345, key=0xFEDCBA9876543210),
+        Part(magnitude=0.5, cut=2**31 + 12_345, key=0xFEDCBA9876543210, **cuts),  # type: ignore[arg-type]
         Part(cut=2**30, key=7),
     )
     sweep, output, tensors = Sweep(parts, keep), Memory(4 * 5000), Tensors(models)
@@ -677,22 +723,28 @@ def real_tensors() -> tuple[Tensors, Sweep]:
 @pytest.mark.parametrize("with_base", [False, True], ids=["weights", "deltas"])
 def test_norms_are_those_of_the_oracle(provider: ModuleType, keep: Keep, with_base: bool) -> None:
     tensors, vectors = measured_tensors(0, with_base)
-    parts = tuple(Part(3.0, 7.0, magnitude=30 / 256, ties_end=2000, cut=CERTAIN // 3, key=i) for i in range(3))
+    like = Part(3.0, 7.0, magnitude=30 / 256, ties_end=2000, cut=CERTAIN // 3, top_magnitude=50 / 256, top_ties_end=900)
+    parts = tuple(replace(like, key=i) for i in range(3))
     (found,) = provider.norms([tensors.inputs], [Sweep(parts, keep)], Run(threads=2))
     index = np.arange(len(vectors[0]))
     for vector, part, (before, after) in zip(vectors, parts, found, strict=True):
         magnitudes = np.abs(vector)
         above = (magnitudes > part.magnitude) | ((magnitudes == part.magnitude) & (index < part.ties_end))
+        gone = (magnitudes > part.top_magnitude) | ((magnitudes == part.top_magnitude) & (index < part.top_ties_end))
         kept = {
             Keep.ALL: np.ones(len(vector), bool),
             Keep.ABOVE: above,
             Keep.BERNOULLI: oracles.bernoulli(part.key, part.cut, len(vector)),
+            Keep.BAND: above & ~gone,
+            Keep.CLIP: np.ones(len(vector), bool),
         }[keep]
+        limit = part.magnitude if keep is Keep.CLIP else np.inf
         np.testing.assert_allclose(before, oracles.norms(vector), rtol=1e-12)
-        np.testing.assert_allclose(after, oracles.norms(np.where(kept, vector, 0.0)), rtol=1e-12)
+        np.testing.assert_allclose(after, oracles.norms(np.where(kept, vector, 0.0).clip(-limit, limit)), rtol=1e-12)
 
 
-def test_what_is_not_finite_is_not_measured(provider: ModuleType) -> None:
+@pytest.mark.parametrize("keep", [Keep.ABOVE, Keep.BAND, Keep.CLIP])
+def test_what_is_not_finite_is_not_measured(provider: ModuleType, keep: Keep) -> None:
     rng = np.random.default_rng(11)
     clean = [rng.integers(-64, 65, 5000) / 16 for _ in range(2)]
     dirty = [vector.copy() for vector in clean]
@@ -700,7 +752,7 @@ def test_what_is_not_finite_is_not_measured(provider: ModuleType) -> None:
         places = rng.choice(5000, 40, replace=False)
         vector[places] = 0.0
         other[places] = rng.choice([np.nan, np.inf, -np.inf], 40)
-    sweep = Sweep((Part(magnitude=1.0), Part(magnitude=2.0)), Keep.ABOVE)
+    sweep = Sweep((Part(magnitude=1.0), Part(magnitude=2.0)), keep)
     measured = [Tensors([(v, "F32") for v in vectors]) for vectors in (clean, dirty)]
     grams = [provider.gram([tensors.inputs], Run())[0].tolist() for tensors in measured]
     norms = [provider.norms([tensors.inputs], [sweep], Run())[0].tolist() for tensors in measured]

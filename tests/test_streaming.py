@@ -356,6 +356,7 @@ def test_cuts_are_selected_in_one_call_where_nothing_else_is_wanted(
         (RECIPES["ties"], {"merge_ranked"}),
         (RECIPES["ties-rescaled"], {"threshold", "norms", "merge"}),
         (RECIPES["ties-of-model"], {"merge"}),
+        (RECIPES["breadcrumbs"], {"threshold", "merge"}),
         (MORE["ties-of-equals"], {"threshold", "merge"}),
     ]:
         gpu.calls.clear()
@@ -433,7 +434,7 @@ def test_overflow_is_counted_over_all_tiles(put: Put) -> None:
         through_gpu(f"{COPY}out_dtype: float16\n", gpu_memory=TINY_MEMORY)
 
 
-@pytest.mark.parametrize("recipe", ["linear", "ties", "ties-rescaled", "ties-of-model", "slerp"])
+@pytest.mark.parametrize("recipe", ["linear", "ties", "ties-rescaled", "ties-of-model", "breadcrumbs", "slerp"])
 @pytest.mark.parametrize("gpu_memory", [None, TINY_MEMORY], ids=["whole", "tiles"])
 def test_progress_rises_to_the_bytes_in_all_on_the_calling_thread(
     recipe: str, gpu_memory: int | None, put: Put
@@ -906,7 +907,7 @@ def test_a_gpu_that_takes_over_midway_changes_no_byte(recipe: str, put: Put, mon
 
 
 @pytest.mark.usefixtures("driver")
-@pytest.mark.parametrize("first", ["linear", "ram"], ids=["gpu-first", "alone"])
+@pytest.mark.parametrize("first", ["linear", "ramplus_tl"], ids=["gpu-first", "alone"])
 def test_what_is_no_sweep_never_sees_a_gpu(first: str, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a GPU woken for it, whatever it takes the CPU."""
     gpu = put(FakeCuda())

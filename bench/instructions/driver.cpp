@@ -73,11 +73,12 @@ int main() {
   const auto parts_of = [](float rescale) {
     std::vector<Part> parts;
     for (uint64_t model = 0; model < MODELS; ++model) {
-      parts.push_back({0.3f, rescale, 7 * 0x1p-14f, 0.3f, ELEMENTS / 2, uint64_t{1} << 30, model});
+      parts.push_back({0.3f, rescale, 7 * 0x1p-14f, 0.3f, ELEMENTS / 2, uint64_t{1} << 30, model, ELEMENTS / 3,
+                       20 * 0x1p-14f, 0.0f});
     }
     return parts;
   };
-  const std::vector<Part> parts = parts_of(1.0f), rescaled = parts_of(4.0f), whole = {{1, 1, 0, 1, 0, 0, 0}};
+  const std::vector<Part> parts = parts_of(1.0f), rescaled = parts_of(4.0f), whole = {{1, 1, 0, 1, 0, 0, 0, 0, 0, 0}};
 
   const auto count = [](const char* name, const std::function<void(int64_t)>& chunk) {
     std::printf("%s %lld\n", name, static_cast<long long>(ELEMENTS));
@@ -94,6 +95,11 @@ int main() {
   merge("passthrough", one, sweep_of(Keep::ALL), whole);
   merge("task_arithmetic", deltas, sweep_of(Keep::ALL), parts);
   merge("ties", deltas, sweep_of(Keep::ABOVE, Elect::WEIGHTED), parts);
+  merge("breadcrumbs", deltas, sweep_of(Keep::BAND), parts);
+  merge("nearswap", tensor_of(all + 3, 1, true), sweep_of(Keep::CLIP), parts);
+  Sweep ram = sweep_of(Keep::ABOVE);
+  ram.mean = static_cast<uint8_t>(Mean::CONTRIBUTORS);
+  merge("ram", deltas, ram, parts);
   merge("dare_linear", deltas, sweep_of(Keep::BERNOULLI), rescaled);
   merge("dare_ties", deltas, sweep_of(Keep::BERNOULLI, Elect::WEIGHTED), rescaled);
 
@@ -113,8 +119,8 @@ int main() {
   count("deltas", [&](int64_t begin) { kernels.deltas(deltas, begin, CHUNK, true, scratch); });
   measure("census", [&](int64_t) { kernels.census(scratch.wide, CHUNK, census); });
   measure("tally", [&](int64_t) { kernels.tally(scratch.wide, CHUNK, tally); });
-  for (const Keep keep : {Keep::ALL, Keep::ABOVE, Keep::BERNOULLI}) {
-    const char* names[] = {"norms", "norms above", "norms at random"};
+  for (const Keep keep : {Keep::ALL, Keep::ABOVE, Keep::BERNOULLI, Keep::BAND}) {
+    const char* names[] = {"norms", "norms above", "norms at random", "norms in a band"};
     measure(names[static_cast<int>(keep)], [&, keep](int64_t begin) {
       kernels.norms(deltas, sweep_of(keep), parts.data(), begin, CHUNK, scratch, sums);
     });

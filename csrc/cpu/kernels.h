@@ -26,12 +26,13 @@ struct Scratch {
   float* wide;           // inputs x CHUNK
   float* out;            // CHUNK
   uint32_t* thresholds;  // inputs x LINE
+  float* tops;           // inputs x LINE
   uint8_t* kept;         // inputs x CHUNK / 8
   uint32_t* counts;      // inputs x 2
 
   static size_t bytes(int inputs) {
-    return static_cast<size_t>(inputs) * (sizeof(char*) + CHUNK * sizeof(float) + LINE * 4 + CHUNK / 8 + 8) +
-           CHUNK * sizeof(float) + 6 * 64;
+    return static_cast<size_t>(inputs) * (sizeof(char*) + CHUNK * sizeof(float) + LINE * 8 + CHUNK / 8 + 8) +
+           CHUNK * sizeof(float) + 7 * 64;
   }
   Scratch(char* block, int inputs) {
     const auto take = [&block](size_t bytes) {
@@ -43,6 +44,7 @@ struct Scratch {
     wide = reinterpret_cast<float*>(take(n * CHUNK * sizeof(float)));
     out = reinterpret_cast<float*>(take(CHUNK * sizeof(float)));
     thresholds = reinterpret_cast<uint32_t*>(take(n * LINE * 4));
+    tops = reinterpret_cast<float*>(take(n * LINE * 4));
     kept = reinterpret_cast<uint8_t*>(take(n * CHUNK / 8));
     counts = reinterpret_cast<uint32_t*>(take(n * 8));
     this->inputs = reinterpret_cast<const char**>(take(n * sizeof(char*)));

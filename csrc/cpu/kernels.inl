@@ -69,6 +69,7 @@ struct Call {
   const Sweep* sweep;
   const Part* parts;
   const uint32_t* thresholds;
+  const float* tops;
   const uint8_t* kept;
   bool rescaled;          // some part's rescale is not 1
   const Output* outputs;  // those past the caches start a line
@@ -88,6 +89,16 @@ uint32_t largest_of(U magnitudes) {
   L::store(lanes, magnitudes);
   for (const uint32_t lane : lanes) largest = lane > largest ? lane : largest;
   return largest;
+}
+
+// What is at least its threshold and below its top, or a NaN; 0 elsewhere.
+F in_band(F delta, const uint32_t* thresholds, const float* tops) {
+  const F below = L::where(L::not_ge(L::absolute(delta), L::load(tops)), delta);
+  return L::where(L::at_least(L::magnitude(delta), L::load(thresholds)), below);
+}
+
+F clipped(F delta, const Part& part) {
+  return L::clip(delta, L::set(-part.magnitude), L::set(part.magnitude));
 }
 
 // One sweep over [from, to) of a chunk, whole lines. The outputs are float32, or of the inputs' own dtype. Reads models
@@ -122,7 +133,12 @@ uint32_t sweep_run(const Call& call, int from, int to) {
     for (int v = 0; v < vectors; ++v) {
       if (has_base) deltas[v] = deltas[v] - bases[v];
       if (may_hide) worst = L::max(worst, L::magnitude(deltas[v]));
-      if constexpr (keep == Keep::ABOVE) {
+      if constexpr (keep == Keep::BAND) {
+        const int place = model * LINE + v * L::width;
+        deltas[v] = in_band(deltas[v], call.thresholds + place, call.tops + place);
+      } else if constexpr (keep == Keep::CLIP) {
+        deltas[v] = clipped(deltas[v], call.parts[model]);
+      } else if constexpr (keep == Keep::ABOVE) {
         const U threshold = L::load(call.thresholds + model * LINE + v * L::width);
         const U magnitude = L::magnitude(deltas[v]);
         masks[v] = L::at_least(magnitude, threshold);
@@ -134,20 +150,32 @@ uint32_t sweep_run(const Call& call, int from, int to) {
         }
       }
       if (rescaled) deltas[v] = deltas[v] * L::set(call.parts[model].rescale);
-      if constexpr (keep != Keep::ALL) deltas[v] = L::where(masks[v], deltas[v]);
+      if constexpr (keep == Keep::ABOVE || keep == Keep::BERNOULLI) deltas[v] = L::where(masks[v], deltas[v]);
     }
   };
   const auto means_at = [&](int at, const F* bases, F* means) {
     F deltas[vectors];
     if constexpr (elect == Elect::NONE) {
+      constexpr bool counted = by == Mass::CONTRIBUTORS;
+      F counts[vectors];
       kept_deltas(0, at, bases, means);
-      for (int v = 0; v < vectors; ++v) means[v] = means[v] * L::set(call.parts[0].weight);
+      for (int v = 0; v < vectors; ++v) {
+        means[v] = means[v] * L::set(call.parts[0].weight);
+        if (counted) counts[v] = contributors<L>(L::zero(), means[v]);
+      }
       for (int model = 1; model < models; ++model) {
         const F weight = L::set(call.parts[model].weight);
         kept_deltas(model, at, bases, deltas);
-        for (int v = 0; v < vectors; ++v) means[v] = means[v] + deltas[v] * weight;
+        for (int v = 0; v < vectors; ++v) {
+          const F term = deltas[v] * weight;
+          means[v] = means[v] + term;
+          if (counted) counts[v] = contributors<L>(counts[v], term);
+        }
       }
-      for (int v = 0; v < vectors; ++v) means[v] = divide ? means[v] / divisor : means[v];
+      for (int v = 0; v < vectors; ++v) {
+        if (counted) means[v] = means[v] / one_if_zero<L>(counts[v]);
+        if (!counted && divide) means[v] = means[v] / divisor;
+      }
     } else {
       Ballot<L> ballots[vectors];
       for (int model = 0; model < models; ++model) {
@@ -240,14 +268,15 @@ bool leaves_alone(const Tensor& tensor, const Sweep& sweep, const Part& part) {
 }
 
 using Run = uint32_t (*)(const Call&, int, int);
-constexpr int VOTES = 10;  // no election, or one of three kinds with one of three masses
+constexpr int KEEPS = 5;
+constexpr int VOTES = 4 * 3;  // no election, or one of three kinds; with one of three masses
 
-// index = (((dtype x 2 + has_base) x 2 + same_dtype) x 3 + keep) x VOTES + vote
+// index = (((dtype x 2 + has_base) x 2 + same_dtype) x KEEPS + keep) x VOTES + vote
 template <size_t index>
 constexpr Run run_at() {
-  constexpr size_t vote = index % VOTES, keep = index / VOTES % 3, inputs = index / VOTES / 3;
-  constexpr auto elect = static_cast<Elect>((vote + 2) / 3);
-  constexpr auto by = static_cast<Mass>(vote == 0 ? 0 : (vote - 1) % 3);
+  constexpr size_t vote = index % VOTES, keep = index / VOTES % KEEPS, inputs = index / VOTES / KEEPS;
+  constexpr auto elect = static_cast<Elect>(vote / 3);
+  constexpr auto by = mass_of(elect, static_cast<Mass>(vote % 3));
   return sweep_run<static_cast<DType>(inputs / 4), inputs / 2 % 2 == 1, inputs % 2 == 1, static_cast<Keep>(keep), elect,
                    by>;
 }
@@ -261,9 +290,9 @@ Run run_of(size_t chosen, std::index_sequence<index...>) {
 Run run_of(DType dtype, bool has_base, bool same_dtype, const Sweep& sweep) {
   const auto mean = static_cast<Mean>(sweep.mean);
   const auto by = mean == Mean::SUM ? Mass::DIVISOR : mean == Mean::CONTRIBUTORS ? Mass::CONTRIBUTORS : Mass::AGREEING;
-  const size_t vote = sweep.elect == 0 ? 0 : (sweep.elect - 1u) * 3 + 1 + static_cast<size_t>(by);
-  const size_t stages = ((static_cast<size_t>(dtype) * 2 + has_base) * 2 + same_dtype) * 3 + sweep.keep;
-  return run_of(stages * VOTES + vote, std::make_index_sequence<3 * 2 * 2 * 3 * VOTES>());
+  const size_t vote = sweep.elect * size_t{3} + static_cast<size_t>(by);
+  const size_t stages = ((static_cast<size_t>(dtype) * 2 + has_base) * 2 + same_dtype) * KEEPS + sweep.keep;
+  return run_of(stages * VOTES + vote, std::make_index_sequence<3 * 2 * 2 * KEEPS * VOTES>());
 }
 
 // Points at the chunk where it lies; or at widened copies where dtypes differ or a line would end past the tensor.
@@ -323,37 +352,44 @@ void draw(const Part& part, int64_t begin, int count, uint8_t* kept) {
 }
 
 // Calls `run(from, to)` over the chunk in pieces within which each model's threshold is the same in every line: equals
-// are kept below ties_end, so T before it, T + 1 after it, and a mixture in the line where it falls.
+// are kept below ties_end, so T before it, T + 1 after it, and a mixture in the line where it falls. So it is with the
+// tops of a band.
 template <DType dtype, class Each>
-void each_threshold(const Part* parts, int models, int64_t begin, int count, uint32_t* thresholds, const Each& run) {
+void each_threshold(const Part* parts, int models, bool band, int64_t begin, int count, const Scratch& scratch,
+                    const Each& run) {
   constexpr int vectors = L::vectors<dtype>, line = vectors * L::width;
   const int end = padded(count);
   for (int at = 0, until; at < end; at = until) {
     until = end;
-    for (int model = 0; model < models; ++model) {
-      const uint32_t magnitude = to_bits(parts[model].magnitude);
-      const int64_t ties = parts[model].ties_end - begin - at;  // equals among elements below this stay
+    const auto set = [&](float magnitude, int64_t ties_end, auto* thresholds) {
+      const int64_t ties = ties_end - begin - at;  // equals among elements below this are above
       for (int v = 0; v < vectors; ++v) {
         for (int lane = 0; lane < L::width; ++lane) {
-          thresholds[model * LINE + v * L::width + lane] = magnitude + (L::element<dtype>(v, lane) >= ties);
+          const uint32_t least = to_bits(magnitude) + (L::element<dtype>(v, lane) >= ties);
+          memcpy(thresholds + v * L::width + lane, &least, sizeof least);
         }
       }
       if (ties > 0 && ties < end - at) {
         const int next = at + (ties < line ? line : static_cast<int>(ties) / line * line);
         until = next < until ? next : until;
       }
+    };
+    for (int model = 0; model < models; ++model) {
+      const Part& part = parts[model];
+      set(part.magnitude, part.ties_end, scratch.thresholds + model * LINE);
+      if (band) set(part.top_magnitude, part.top_ties_end, scratch.tops + model * LINE);
     }
     run(at, until);
   }
 }
 
 template <class Each>
-void each_threshold(DType dtype, const Part* parts, int models, int64_t begin, int count, uint32_t* thresholds,
-                    const Each& run) {
+void each_threshold(DType dtype, const Part* parts, int models, bool band, int64_t begin, int count,
+                    const Scratch& scratch, const Each& run) {
   switch (dtype) {
-    case DType::F32: return each_threshold<DType::F32>(parts, models, begin, count, thresholds, run);
-    case DType::F16: return each_threshold<DType::F16>(parts, models, begin, count, thresholds, run);
-    case DType::BF16: return each_threshold<DType::BF16>(parts, models, begin, count, thresholds, run);
+    case DType::F32: return each_threshold<DType::F32>(parts, models, band, begin, count, scratch, run);
+    case DType::F16: return each_threshold<DType::F16>(parts, models, band, begin, count, scratch, run);
+    case DType::BF16: return each_threshold<DType::BF16>(parts, models, band, begin, count, scratch, run);
     case DType::U8: return;
   }
 }
@@ -404,20 +440,23 @@ uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int6
   for (int model = 0; model < tensor.models; ++model) rescaled |= parts[model].rescale != 1.0f;
   uint32_t* sums = counts ? scratch.counts : nullptr;
   memset(scratch.counts, 0, static_cast<size_t>(tensor.models) * 8);
-  Call call = {scratch.inputs,           tensor.models, &sweep, parts, scratch.thresholds, scratch.kept, rescaled,
+  Call call = {scratch.inputs,           tensor.models, &sweep,       parts,
+               scratch.thresholds,       scratch.tops,  scratch.kept, rescaled,
                direct ? outputs : &wide, settings,      sums};
   uint32_t worst = 0;
   if (direct && settings == 1 && outputs->lambda == 1.0f && leaves_alone(tensor, sweep, *parts)) {
     worst = copy_run(dtype, call, count);
     if (worst < INFINITE) return worst;
   }
-  if (sweep.keep == static_cast<uint8_t>(Keep::ABOVE)) {
-    each_threshold(dtype, parts, tensor.models, tensor.begin + begin, count, scratch.thresholds, [&](int from, int to) {
-      const uint32_t here = run(call, from, to);
-      worst = here > worst ? here : worst;
-    });
+  const auto keep = static_cast<Keep>(sweep.keep);
+  if (keep == Keep::ABOVE || keep == Keep::BAND) {
+    each_threshold(dtype, parts, tensor.models, keep == Keep::BAND, tensor.begin + begin, count, scratch,
+                   [&](int from, int to) {
+                     const uint32_t here = run(call, from, to);
+                     worst = here > worst ? here : worst;
+                   });
   } else {
-    for (int model = 0; sweep.keep == static_cast<uint8_t>(Keep::BERNOULLI) && model < tensor.models; ++model) {
+    for (int model = 0; keep == Keep::BERNOULLI && model < tensor.models; ++model) {
       draw(parts[model], tensor.begin + begin, count, scratch.kept + model * (CHUNK / 8));
     }
     worst = run(call, 0, padded(count));
@@ -606,18 +645,28 @@ void add_norms(const float* values, int count, double* sums) {
 
 void norms(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count, Scratch& scratch,
            double* sums) {
+  const auto keep = static_cast<Keep>(sweep.keep);
   for (int model = 0; model < tensor.models; ++model) {
     float* values = scratch.wide + model * CHUNK;
     add_norms(values, count, sums + model * 6);
-    if (sweep.keep == static_cast<uint8_t>(Keep::ABOVE)) {
-      each_threshold<DType::F32>(
-          parts + model, 1, tensor.begin + begin, count, scratch.thresholds, [&](int from, int to) {
-            for (int at = from; at < to; at += L::width) {
-              const F delta = L::load(values + at);
-              L::store(values + at, L::where(L::at_least(L::magnitude(delta), L::load(scratch.thresholds)), delta));
-            }
-          });
-    } else if (sweep.keep == static_cast<uint8_t>(Keep::BERNOULLI)) {
+    if (keep == Keep::ABOVE) {
+      each_threshold<DType::F32>(parts + model, 1, false, tensor.begin + begin, count, scratch, [&](int from, int to) {
+        for (int at = from; at < to; at += L::width) {
+          const F delta = L::load(values + at);
+          L::store(values + at, L::where(L::at_least(L::magnitude(delta), L::load(scratch.thresholds)), delta));
+        }
+      });
+    } else if (keep == Keep::BAND) {
+      each_threshold<DType::F32>(parts + model, 1, true, tensor.begin + begin, count, scratch, [&](int from, int to) {
+        for (int at = from; at < to; at += L::width) {
+          L::store(values + at, in_band(L::load(values + at), scratch.thresholds, scratch.tops));
+        }
+      });
+    } else if (keep == Keep::CLIP) {
+      for (int at = 0; at < padded(count); at += L::width) {
+        L::store(values + at, clipped(L::load(values + at), parts[model]));
+      }
+    } else if (keep == Keep::BERNOULLI) {
       draw(parts[model], tensor.begin + begin, count, scratch.kept);
       for (int at = 0; at < padded(count); at += L::width) {
         L::store(values + at, L::where(L::mask_at(scratch.kept, at), L::load(values + at)));

@@ -2,8 +2,8 @@
 //
 // Each `isa_*.cpp` includes exactly one of these. F holds `width` floats, U as many 32-bit words, M a mask; D holds
 // float64 lanes, two of which cover an F; P holds 64-bit lanes, of which `product` multiplies the lower halves. Loads
-// and stores may be misaligned. A NaN is its own positive and negative part. `draws` are the 16-bit random pieces of
-// random.h, in the order of the elements.
+// and stores may be misaligned. A NaN is its own positive and negative part, and is not clipped; zeros keep their sign.
+// `draws` are the 16-bit random pieces of random.h, in the order of the elements.
 //
 // A line is the elements of one full vector load, `vectors<dtype>` F of floats. Those of BF16 are not in the order of
 // the elements, as the even ones are one shift away from float32 and the odd ones one mask: lane `lane` of F number
@@ -139,6 +139,7 @@ struct Lanes {
   static F where(M mask, F yes) { return _mm512_maskz_mov_ps(mask, yes); }
   static F positive_part(F value) { return _mm512_max_ps(zero(), value); }
   static F negative_part(F value) { return _mm512_min_ps(zero(), value); }
+  static F clip(F value, F low, F high) { return _mm512_min_ps(high, _mm512_max_ps(low, value)); }
   static F add_where(F sum, M mask, F term) { return _mm512_mask_add_ps(sum, mask, sum, term); }
 
   static U word(uint32_t value) { return {_mm512_set1_epi32(static_cast<int>(value))}; }
@@ -307,6 +308,7 @@ struct Lanes {
   static F where(M mask, F yes) { return _mm256_and_ps(mask.v, yes); }
   static F positive_part(F value) { return _mm256_max_ps(zero(), value); }
   static F negative_part(F value) { return _mm256_min_ps(zero(), value); }
+  static F clip(F value, F low, F high) { return _mm256_min_ps(high, _mm256_max_ps(low, value)); }
   static F add_where(F sum, M mask, F term) { return sum + where(mask, term); }
 
   static U word(uint32_t value) { return {_mm256_set1_epi32(static_cast<int>(value))}; }
@@ -471,6 +473,7 @@ struct Lanes {
   static F where(M mask, F yes) { return vreinterpretq_f32_u32(vandq_u32(mask.v, vreinterpretq_u32_f32(yes))); }
   static F positive_part(F value) { return vmaxq_f32(zero(), value); }
   static F negative_part(F value) { return vminq_f32(zero(), value); }
+  static F clip(F value, F low, F high) { return vminq_f32(high, vmaxq_f32(low, value)); }
   static F add_where(F sum, M mask, F term) { return sum + where(mask, term); }
 
   static U word(uint32_t value) { return {vdupq_n_u32(value)}; }
@@ -589,6 +592,7 @@ struct Lanes {
   static F where(M mask, F yes) { return mask ? yes : 0.0f; }
   static F positive_part(F value) { return value <= 0.0f ? 0.0f : value; }
   static F negative_part(F value) { return value >= 0.0f ? 0.0f : value; }
+  static F clip(F value, F low, F high) { return value < low ? low : value > high ? high : value; }
   static F add_where(F sum, M mask, F term) { return sum + where(mask, term); }
 
   static U word(uint32_t value) { return value; }

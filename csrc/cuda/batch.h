@@ -8,13 +8,15 @@
 namespace fastmerge {
 namespace {
 
-constexpr size_t VOTES = 10;  // no election, or one of three kinds with one of three masses
+constexpr size_t KEEPS = 5;
+constexpr size_t VOTES = 4 * 3;  // no election, or one of three kinds; with one of three masses
 
 // The number of a combination of stages: keep x VOTES + vote.
 inline size_t stages_of(const Sweep& sweep) {
   const auto mean = static_cast<Mean>(sweep.mean);
   const auto by = mean == Mean::SUM ? Mass::DIVISOR : mean == Mean::CONTRIBUTORS ? Mass::CONTRIBUTORS : Mass::AGREEING;
-  return sweep.keep * VOTES + (sweep.elect == 0 ? 0 : (sweep.elect - 1u) * 3 + 1 + static_cast<size_t>(by));
+  return sweep.keep * VOTES + sweep.elect * size_t{3} +
+         static_cast<size_t>(mass_of(static_cast<Elect>(sweep.elect), by));
 }
 
 constexpr Keep keep_of(size_t stages) {
@@ -22,11 +24,11 @@ constexpr Keep keep_of(size_t stages) {
 }
 
 constexpr Elect elect_of(size_t stages) {
-  return static_cast<Elect>((stages % VOTES + 2) / 3);
+  return static_cast<Elect>(stages % VOTES / 3);
 }
 
 constexpr Mass mass_of(size_t stages) {
-  return static_cast<Mass>(stages % VOTES == 0 ? 0 : (stages % VOTES - 1) % 3);
+  return mass_of(elect_of(stages), static_cast<Mass>(stages % 3));
 }
 
 inline std::map<size_t, std::vector<int>> settings_by_stages(const Merge& merge) {

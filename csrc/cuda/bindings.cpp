@@ -331,7 +331,8 @@ PYBIND11_MODULE(_cuda, module) {
   PYBIND11_NUMPY_DTYPE(RowRecord, elements, begin, models, inputs, settings, group);
   PYBIND11_NUMPY_DTYPE(ViewRecord, address, dtype);
   PYBIND11_NUMPY_DTYPE(SweepRecord, keep, elect, tie_vote, mean, divisor, lambda, padding);
-  PYBIND11_NUMPY_DTYPE(PartRecord, weight, rescale, magnitude, mass, ties_end, cut, key);
+  PYBIND11_NUMPY_DTYPE(PartRecord, weight, rescale, magnitude, mass, ties_end, cut, key, top_ties_end, top_magnitude,
+                       padding);
   PYBIND11_NUMPY_DTYPE(TargetRecord, offset, file, dtype);
 
   module.attr("__version__") = FASTMERGE_VERSION;

@@ -160,17 +160,24 @@ __device__ inline void measure(Gram, const Measured& tensor, const View* views, 
 
 // --- norms ---
 
+// Which of eight elements are above a magnitude, or equal to it among the first `ties`, as bits.
+__device__ __forceinline__ uint32_t above8(const float (&deltas)[EIGHT], float magnitude, int64_t ties) {
+  uint32_t above = 0;
+#pragma unroll
+  for (int e = 0; e < EIGHT; ++e) {
+    const float delta = fabsf(deltas[e]);
+    above |= static_cast<uint32_t>(delta > fabsf(magnitude) || (delta == fabsf(magnitude) && e < ties)) << e;
+  }
+  return above;
+}
+
 // Which of eight elements stay, as bits; `index` is the flat index of the first.
 template <Keep keep>
 __device__ __forceinline__ uint32_t kept8(const Part& part, const float (&deltas)[EIGHT], int64_t index) {
   uint32_t kept = 0;
-  if constexpr (keep == Keep::ABOVE) {
-    const float magnitude = fabsf(part.magnitude);
-#pragma unroll
-    for (int e = 0; e < EIGHT; ++e) {
-      const float delta = fabsf(deltas[e]);
-      kept |= static_cast<uint32_t>(delta > magnitude || (delta == magnitude && index + e < part.ties_end)) << e;
-    }
+  if constexpr (keep == Keep::ABOVE || keep == Keep::BAND) {
+    kept = above8(deltas, part.magnitude, part.ties_end - index);
+    if (keep == Keep::BAND) kept &= ~above8(deltas, part.top_magnitude, part.top_ties_end - index);
   } else {
     const auto upper = static_cast<uint32_t>(part.cut >> 16);
     const Words words = philox(static_cast<uint64_t>(index) / EIGHT, 0, part.key);
@@ -201,14 +208,16 @@ __device__ void sizes(const Measured& tensor, const View* views, const Part* par
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       uint32_t kept = 0;
-      if constexpr (stages == 2) kept = kept8<keep>(parts[few.model[i]], deltas[i], tensor.begin + at);
+      if constexpr (stages == 2 && keep != Keep::CLIP)
+        kept = kept8<keep>(parts[few.model[i]], deltas[i], tensor.begin + at);
 #pragma unroll
       for (int e = 0; e < EIGHT; ++e) {
-        const float magnitude = fabsf(deltas[i][e]);
-        const double wide = magnitude;
 #pragma unroll
         for (int stage = 0; stage < stages; ++stage) {
-          if (stage == 1 && !(kept >> e & 1)) continue;
+          if (stage == 1 && keep != Keep::CLIP && !(kept >> e & 1)) continue;
+          float magnitude = fabsf(deltas[i][e]);
+          if (stage == 1 && keep == Keep::CLIP) magnitude = fminf(magnitude, parts[few.model[i]].magnitude);
+          const double wide = magnitude;
           totals[i][3 * stage] += wide;
           totals[i][3 * stage + 1] = fma(wide, wide, totals[i][3 * stage + 1]);
           largest[i][stage] = fmaxf(largest[i][stage], magnitude);
@@ -249,6 +258,8 @@ __device__ inline void measure(Norms, const Measured& tensor, const View* views,
     case Keep::ALL: return sizes<Keep::ALL>(tensor, views, parts, from, to, sums);
     case Keep::ABOVE: return sizes<Keep::ABOVE>(tensor, views, parts, from, to, sums);
     case Keep::BERNOULLI: return sizes<Keep::BERNOULLI>(tensor, views, parts, from, to, sums);
+    case Keep::BAND: return sizes<Keep::BAND>(tensor, views, parts, from, to, sums);
+    case Keep::CLIP: return sizes<Keep::CLIP>(tensor, views, parts, from, to, sums);
   }
 }
 

@@ -60,7 +60,7 @@ constexpr std::array<SweepKernel, sizeof...(stages)> kernels_of(std::index_seque
 }
 
 void launch_sweep(size_t stages, const SweepParams& params, cudaStream_t stream) {
-  static const auto kernels = kernels_of(std::make_index_sequence<3 * VOTES>());
+  static const auto kernels = kernels_of(std::make_index_sequence<KEEPS * VOTES>());
   const int64_t resident = resident_blocks(kernels[stages], THREADS, 0);
   launch(kernels[stages], static_cast<int>(std::min(params.tiles, resident)), THREADS, 0, stream, params);
 }

@@ -44,8 +44,14 @@ __device__ __forceinline__ uint32_t overflow_bits(DType dtype) {
   return dtype == DType::F32 ? INFINITE : dtype == DType::F16 ? 0x477ff000 : 0x7f7f8000;
 }
 
+// How many of the eight elements from `flat` lie below an end.
+__device__ __forceinline__ int below(int64_t end, int64_t flat) {
+  const int64_t ties = end - flat;
+  return ties <= 0 ? 0 : ties >= EIGHT ? EIGHT : static_cast<int>(ties);
+}
+
 // |d| > T stays, and == T below the end of ties; NaN stays. `ties`: of the eight, how many lie below that end.
-__device__ __forceinline__ void keep_above(float (&delta)[EIGHT], float magnitude, int64_t ties) {
+__device__ __forceinline__ void keep_above(float (&delta)[EIGHT], float magnitude, int ties) {
   const uint32_t threshold = to_bits(magnitude), limit = ties > 0 ? threshold : threshold + 1;
   if (limit <= INFINITE && (ties <= 0 || ties >= EIGHT)) {
     for (float& d : delta) d = fabsf(d) < from_bits(limit) ? 0.0f : d;
@@ -54,6 +60,14 @@ __device__ __forceinline__ void keep_above(float (&delta)[EIGHT], float magnitud
   for (int i = 0; i < EIGHT; ++i) {
     const uint32_t here = i < ties ? threshold : threshold + 1;
     delta[i] = (to_bits(delta[i]) & 0x7fffffff) >= here ? delta[i] : 0.0f;
+  }
+}
+
+// |d| > T goes, and == T below the end of ties; NaN stays. `ties` as above.
+__device__ __forceinline__ void drop_above(float (&delta)[EIGHT], float magnitude, int ties) {
+  for (int i = 0; i < EIGHT; ++i) {
+    const float least = from_bits(to_bits(magnitude) + (i >= ties));
+    delta[i] = fabsf(delta[i]) >= least ? 0.0f : delta[i];
   }
 }
 
@@ -127,9 +141,13 @@ struct Sweeping {
     if constexpr (may_hide) {
       for (const float d : delta) worst = L::larger(worst, d);
     }
-    if constexpr (keep == Keep::ABOVE) {
+    if constexpr (keep == Keep::ABOVE || keep == Keep::BAND) {
       const float magnitude = cut ? cut->magnitude : part.magnitude;
-      keep_above(delta, magnitude, (cut ? cut->ties_end : part.ties_end) - flat);
+      keep_above(delta, magnitude, below(cut ? cut->ties_end : part.ties_end, flat));
+      if (keep == Keep::BAND) drop_above(delta, part.top_magnitude, below(part.top_ties_end, flat));
+    } else if constexpr (keep == Keep::CLIP) {
+      const float limit = cut ? cut->magnitude : part.magnitude;
+      for (float& d : delta) d = d > limit ? limit : d < -limit ? -limit : d;
     } else if constexpr (keep == Keep::BERNOULLI) {
       for (int i = 0; i < EIGHT; ++i) delta[i] = kept >> i & 1 ? delta[i] : 0.0f;
     }
@@ -140,6 +158,7 @@ struct Sweeping {
       const float weighted = delta[i] * part.weight;
       if constexpr (elect == Elect::NONE) {
         ballots[i].sum = ballots[i].sum + weighted;
+        if (by == Mass::CONTRIBUTORS) ballots[i].mass_positive = contributors<L>(ballots[i].mass_positive, weighted);
       } else {
         vote<L, elect, by>(ballots[i], delta[i], weighted, part.mass);
       }
@@ -154,7 +173,11 @@ struct Sweeping {
     for (int i = 0; i < EIGHT; ++i) {
       mass[i] = divisor;
       out[i] = ballots[i].sum;
-      if constexpr (elect != Elect::NONE) out[i] = elected<L, by>(ballots[i], least, mass[i]);
+      if constexpr (elect != Elect::NONE) {
+        out[i] = elected<L, by>(ballots[i], least, mass[i]);
+      } else if constexpr (by == Mass::CONTRIBUTORS) {
+        mass[i] = one_if_zero<L>(ballots[i].mass_positive);
+      }
     }
     if (by != Mass::DIVISOR || divisor != 1.0f) {
       for (int i = 0; i < EIGHT; ++i) out[i] = out[i] / mass[i];
