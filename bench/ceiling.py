@@ -131,7 +131,7 @@ def _library() -> ctypes.CDLL:
     return _loaded[0]
 
 
-def _disk_to_disk(threads: int, out: Path, models: Sequence[Path], outputs: int = 1) -> None:
+def disk_to_disk(threads: int, out: Path, models: Sequence[Path], outputs: int = 1) -> None:
     """Reads each tensor of each model through our reader, writes as many bytes as one model has through our writer.
 
     In batches of the size that a merge has, after each of which the system is told to put them on disk.
@@ -166,4 +166,4 @@ def _disk_to_disk(threads: int, out: Path, models: Sequence[Path], outputs: int 
 
 
 if __name__ == "__main__":
-    _disk_to_disk(int(sys.argv[1]), Path(sys.argv[3]), [Path(model) for model in sys.argv[4:]], int(sys.argv[2]))
+    disk_to_disk(int(sys.argv[1]), Path(sys.argv[3]), [Path(model) for model in sys.argv[4:]], int(sys.argv[2]))

@@ -474,7 +474,7 @@ def test_disk_to_disk(
 
     def floor() -> float:
         return max(
-            up / streaming.bus_rate(device), _alone(lambda: ceiling._disk_to_disk(run.threads, out, read[:1]), out)
+            up / streaming.bus_rate(device), _alone(lambda: ceiling.disk_to_disk(run.threads, out, read[:1]), out)
         )
 
     _alone(merge, out)
