@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from ..marked import Marked
+from ..marked import Marked, meant
 
 Model = TypeVar("Model")
 
@@ -41,7 +41,7 @@ def read_tokenizer(
 ) -> TokenizerSetting | None:
     """The setting in the fields of a document, None where it has none. `find` says which model a name means; each must
     be one of `models`, those of the document. Raises `RecipeError`."""
-    reader = _Reader(lambda at: _index(at, find, models))
+    reader = _Reader(lambda at, words: _index(at, words, find, models))
     if "tokenizer" in fields and "tokenizer_source" in fields:
         raise fields["tokenizer_source"].error("tokenizer and tokenizer_source are both given; keep tokenizer")
     if "tokenizer_source" in fields:
@@ -50,16 +50,18 @@ def read_tokenizer(
     return reader.setting(fields["tokenizer"]) if "tokenizer" in fields else None
 
 
-def _index(at: Marked, find: Callable[[Marked], Model], models: Sequence[Model]) -> int:
+def _index(at: Marked, words: Sequence[str], find: Callable[[Marked], Model], models: Sequence[Model]) -> int:
+    """The model that is meant, where none of some words is."""
     model = find(at)
     if model not in models:
-        raise at.error(f"{at.said()} is none of the models that are merged; name one of them")
+        likely = meant(at.value, words) if isinstance(at.value, str) else ""
+        raise at.error(f"{at.said()} is none of the models that are merged{likely or '; name one of them'}")
     return models.index(model)
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    index: Callable[[Marked], int]
+    index: Callable[[Marked, Sequence[str]], int]
 
     def setting(self, at: Marked) -> TokenizerSetting:
         if isinstance(at.value, str):
@@ -78,7 +80,7 @@ class _Reader:
         )
 
     def source(self, at: Marked) -> Literal["base", "union"] | int:
-        return "base" if at.value == "base" else "union" if at.value == "union" else self.index(at)
+        return "base" if at.value == "base" else "union" if at.value == "union" else self.index(at, ("base", "union"))
 
     def row(self, token: str, at: Marked) -> TokenRow | None:
         if not token:
@@ -95,7 +97,7 @@ class _Reader:
             return None
         source = fields["source"]
         if not isinstance(source.value, dict) or "kind" not in source.value:
-            return TokenRow(self.index(source), None, force, source.place)
+            return TokenRow(self.index(source, ()), None, force, source.place)
         kind = source.mapping()["kind"]
         if kind.value == "zero":
             source.fields(("kind",))
@@ -106,4 +108,4 @@ class _Reader:
         if "model" not in fields or ("token" in fields) == ("token_id" in fields):
             raise source.error("model_token needs model, and either token or token_id")
         named = fields["token"].text() if "token" in fields else fields["token_id"].integer()
-        return TokenRow(self.index(fields["model"]), named, force, source.place)
+        return TokenRow(self.index(fields["model"], ()), named, force, source.place)
