@@ -21,7 +21,7 @@ from .sweep import Cut, Found, Inputs, Run, Sweep, Target
 
 def swept(job: Job, reader: Reader, ops: backends.Ops, cuts: Cuts, targets: Sequence[Target], run: Run) -> Found:
     """Measures and sweeps a job that gathers."""
-    pieces = Pieces(job, reader)
+    pieces = Pieces(job, reader, run.threads)
     if job.direct:
         whole = pieces.whole()
         return ops.compute([whole.inputs], [functions_of(job)], [targets], run)[0]
