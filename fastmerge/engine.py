@@ -20,6 +20,7 @@ from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes,
 from .choice import Choice
 from .errors import BackendError, CheckpointError, FastmergeWarning, NonFiniteError, OutputError
 from .measures import Cuts, model_cuts, swept
+from .pieces import Room
 from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
 from .planner import plan as make_plan
 from .recipe import Recipe
@@ -280,7 +281,7 @@ def _done(
     stage: Stage, reader: Reader, cuts: Cuts, writers: Sequence[Writer], work: _Work
 ) -> Generator[tuple[Job, Found], None, None]:
     """The jobs as they are done: by the CPU, as long as it is the choice, then by GPUs, if there are jobs left."""
-    choice, size = work.choice, attrgetter("nbytes")
+    choice, size, room = work.choice, attrgetter("nbytes"), Room()
 
     def targets(job: Job) -> list[Target]:
         places = [writer.target(job.name) for writer in writers]  # holds the files open
@@ -297,7 +298,7 @@ def _done(
             if job.gather is not None:
                 wanted = "torch" if job.direct else "auto" if choice.gpu else choice.backend
                 ops = backends.Ops(wanted, reader.held(job), "cpu", work.worked)
-                whole = gathered.swept(job, reader, ops, cuts, targets(job), work.run)
+                whole = gathered.swept(job, reader, ops, cuts, targets(job), work.run, room)
                 for writer in writers:
                     writer.written([job.name])
                 yield job, whole

@@ -14,14 +14,22 @@ from . import backends
 from .batches import Batch, Reader, joined, row_of
 from .checkpoint import DTYPE_BITS
 from .measures import Cuts, functions_of, measured, row_by_row
-from .pieces import Pieces
+from .pieces import Pieces, Room
 from .planner import Job
 from .sweep import Cut, Found, Inputs, Run, Sweep, Target
 
 
-def swept(job: Job, reader: Reader, ops: backends.Ops, cuts: Cuts, targets: Sequence[Target], run: Run) -> Found:
-    """Measures and sweeps a job that gathers."""
-    pieces = Pieces(job, reader, run.threads)
+def swept(
+    job: Job, reader: Reader, ops: backends.Ops, cuts: Cuts, targets: Sequence[Target], run: Run, room: Room
+) -> Found:
+    """Measures and sweeps a job that gathers; what is made of its inputs is made in the room, which is free then."""
+    try:
+        return _swept(job, Pieces(job, reader, room, run.threads), ops, cuts, targets, run)
+    finally:
+        room.free()
+
+
+def _swept(job: Job, pieces: Pieces, ops: backends.Ops, cuts: Cuts, targets: Sequence[Target], run: Run) -> Found:
     if job.direct:
         whole = pieces.whole()
         return ops.compute([whole.inputs], [functions_of(job)], [targets], run)[0]
@@ -55,8 +63,7 @@ class _Joint:
     ) -> list[tuple[Cut, ...]]:
         if not groups:
             return []
-        held = list(self._pieces)
-        groups = [[piece.inputs.selected(wanted) for piece in held] for wanted in ranks]
+        groups = [[piece.inputs.selected(wanted) for piece in self._pieces.held()] for wanted in ranks]
         return self._ops.threshold(groups, ranks, run)
 
     def gram(self, tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]:

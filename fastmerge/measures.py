@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from . import backends
 from .batches import Batch, Reader, in_rows, joined, row_of
 from .methods import Measured, Method, Settings, ranks, rescale_of
-from .pieces import Piece, Pieces
+from .pieces import Piece, Pieces, Room
 from .planner import Job, Stage
 from .sweep import Cut, Found, Inputs, Keep, Part, Rescale, Run, Sweep, Target
 
@@ -208,7 +208,7 @@ def model_cuts(stage: Stage, reader: Reader, backend: str, worked: backends.Work
 
 def _held(job: Job, reader: Reader) -> list[Piece]:
     if job.gather:
-        return list(Pieces(job, reader))
+        return list(Pieces(job, reader, Room()))
     batch = reader.mapped([job])
     return [Piece(batch.inputs[0], batch.owners)]
 

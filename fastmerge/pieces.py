@@ -30,6 +30,29 @@ _ALIGNED = 8  # flat indices at which a part of a tensor may begin
 Rows = NDArray[np.float32] | NDArray[np.float64]
 
 
+class Room:
+    """Memory for what is made, which is used again: the first touch of a page takes longer than what is made in it."""
+
+    def __init__(self) -> None:
+        self._free: list[Rows] = []
+        self._taken: list[Rows] = []
+
+    def take(self, shape: tuple[int, int], dtype: type[np.floating]) -> Rows:
+        size = shape[0] * shape[1]
+        room = next((each for each in self._free if each.size >= size), None)
+        if room is None:
+            room = np.empty(size, dtype)
+        else:
+            self._free = [each for each in self._free if each is not room]
+        self._taken.append(room)
+        return room[:size].reshape(shape)
+
+    def free(self) -> None:
+        """All that was taken may be taken again."""
+        self._free += self._taken
+        self._taken = []
+
+
 class Piece(NamedTuple):
     """Some rows of all inputs, and what keeps them in memory."""
 
@@ -40,7 +63,7 @@ class Piece(NamedTuple):
 class Pieces:
     """The inputs of a job that gathers, in pieces whose elements follow one another."""
 
-    def __init__(self, job: Job, reader: Reader, threads: int = 1) -> None:
+    def __init__(self, job: Job, reader: Reader, room: Room, threads: int = 1) -> None:
         assert job.gather is not None
         self._job, self._models, self._gather, self._sources = job, reader.models, job.gather, job.sources
         self._rows = job.shape[0] if job.shape else 1
@@ -50,25 +73,32 @@ class Pieces:
         self._dtype: type[np.floating] = np.float64 if "F64" in reader.held(job) else np.float32
         self._threads = threads
         self._padding: dict[int, Rows] = {}
-        self._room: _Room | None = None
+        self._room = room
+        self._held: list[Piece] = []
         #: How many elements there are, of which models; there are no addresses for the whole.
         self.inputs = inputs_of(job, math.prod(job.shape), [View(0, dtype) for dtype in reader.dtypes(job)])
 
     def batches(self) -> Iterator[list[Piece]]:
         """The pieces, as many at a time as do no harm to memory; each batch is gone when the next is asked for."""
+        if self._held:
+            yield self._held
+            return
         batch: list[Piece] = []
         made = 0
-        room = self._room = _Room()
         for piece in self:
             batch.append(piece)
             made += piece.inputs.elements if any(isinstance(each, np.ndarray) for each in piece.owners) else 0
             if made >= _AT_ONCE or len(batch) >= _PIECES:
                 yield batch
                 batch, made = [], 0
-                room.free()
+                self._room.free()
         if batch:
             yield batch
-        self._room = None
+
+    def held(self) -> list[Piece]:
+        """All pieces at once, which stay for whoever asks next."""
+        self._held = self._held or list(self)
+        return self._held
 
     def __iter__(self) -> Iterator[Piece]:
         bounds = self._bounds()
@@ -130,16 +160,18 @@ class Pieces:
         return View(made.ctypes.data, "F64" if self._dtype is np.float64 else "F32")
 
     def _made(self, at: int, first: int, count: int) -> Rows:
-        shape = count, self._width
-        made = np.empty(shape, self._dtype) if self._room is None else self._room.take(shape, self._dtype)
+        made = self._room.take((count, self._width), self._dtype)
+        self._make(at, first, made)
+        return made
+
+    def _make(self, at: int, first: int, out: Rows) -> None:
         map_ = self._gather.maps[at]
         if map_ is None:
-            self._read(self._sources[at].model, first, made)
-            return made
-        models, rows = map_.model[first : first + count], map_.row[first : first + count]
-        for start, end in pairwise([*np.flatnonzero(_begins(RowMap(models, rows))).tolist(), count]):
-            self._fill(at, int(models[start]), rows[start:end], made[start:end])
-        return made
+            self._read(self._sources[at].model, first, out)
+            return
+        models, rows = map_.model[first : first + len(out)], map_.row[first : first + len(out)]
+        for start, end in pairwise([*np.flatnonzero(_begins(RowMap(models, rows))).tolist(), len(out)]):
+            self._fill(at, int(models[start]), rows[start:end], out[start:end])
 
     def _fill(self, at: int, model: int, rows: NDArray[np.int64], out: Rows) -> None:
         """Rows of one kind, or of one model, where they follow one another."""
@@ -169,9 +201,12 @@ class Pieces:
             assert map_ is not None
             count = int(np.count_nonzero(map_.model != PADDING))
             step = max(1, _ROW_ELEMENTS // max(1, self._width))
+            some = np.empty((min(step, count), self._width), self._dtype)
             total = np.zeros(self._width, np.float64)
             for first in range(0, count, step):
-                total += self._made(at, first, min(step, count - first)).sum(0, dtype=np.float64)
+                rows = some[: min(step, count - first)]
+                self._make(at, first, rows)
+                total += rows.sum(0, dtype=np.float64)
             self._padding[at] = (total / max(1, count)).astype(self._dtype)
         return self._padding[at]
 
@@ -197,29 +232,6 @@ class Pieces:
         raw = np.empty(len(out) * stored.pitch, np.uint8)
         memory.read(stored.address + row * stored.pitch, raw.data)
         out[:] = widened(raw, stored.dtype).reshape(out.shape)
-
-
-class _Room:
-    """Memory for what is made, which is used again: the first touch of a page takes longer than what is made in it."""
-
-    def __init__(self) -> None:
-        self._free: list[Rows] = []
-        self._taken: list[Rows] = []
-
-    def take(self, shape: tuple[int, int], dtype: type[np.floating]) -> Rows:
-        size = shape[0] * shape[1]
-        room = next((each for each in self._free if each.size >= size), None)
-        if room is None:
-            room = np.empty(size, dtype)
-        else:
-            self._free = [each for each in self._free if each is not room]
-        self._taken.append(room)
-        return room[:size].reshape(shape)
-
-    def free(self) -> None:
-        """All that was taken may be taken again."""
-        self._free += self._taken
-        self._taken = []
 
 
 class _Stored(NamedTuple):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fastmerge import backends, gathered, measures
 from fastmerge.batches import Batch, Reader
-from fastmerge.pieces import Pieces
+from fastmerge.pieces import Pieces, Room
 from fastmerge.planner import Job, plan
 from fastmerge.recipe import Recipe
 from fastmerge.sources.rows import MEAN, PADDING, ZERO, Gather, RowMap
@@ -121,7 +121,7 @@ def test_gathered_rows_merge_as_if_they_were_stored(recipe: str, width: int, bac
     ops = backends.Ops(backend, case.reader.held(case.job), "cpu", {})
     outputs = [Memory(4 * case.elements) for _ in range(2)]
     targets = [[Target("F32", output.address)] for output in outputs]
-    found = gathered.swept(case.job, case.reader, ops, {}, targets[0], Run(2))
+    found = gathered.swept(case.job, case.reader, ops, {}, targets[0], Run(2), Room())
     stored = case.job._replace(gather=None)
     (wanted,) = measures.swept(Batch([stored], [case.tensors.inputs], []), ops, {}, [targets[1]], Run(2))
     for output in outputs:
@@ -141,7 +141,7 @@ def test_what_is_stored_row_after_row_is_read_where_it_lies() -> None:
     split = RowMap(np.ones(ROWS, np.int32), np.roll(np.arange(ROWS), 100))
     maps = tuple(split if source.model == 1 else plain for source in case.job.sources)
     job = case.job._replace(shape=(ROWS, 24), gather=Gather(maps, dict.fromkeys(range(3), NAME)))
-    pieces = list(Pieces(job, case.reader))
+    pieces = list(Pieces(job, case.reader, Room()))
     assert [(piece.inputs.begin, piece.inputs.elements) for piece in pieces] == [(0, 2400), (2400, 200 * 24)]
     assert not any(isinstance(owner, np.ndarray) for piece in pieces for owner in piece.owners)
 
@@ -158,6 +158,6 @@ def test_nan_is_found_at_its_place_in_the_output() -> None:
     job = stage.jobs[0]._replace(gather=Gather((*own, shift), dict.fromkeys(range(3), NAME)))
     output = Memory(4 * ROWS * 24)
     ops = backends.Ops("torch", reader.held(job), "cpu", {})
-    found = gathered.swept(job, reader, ops, {}, [Target("F32", output.address)], Run())
+    found = gathered.swept(job, reader, ops, {}, [Target("F32", output.address)], Run(), Room())
     assert (found.nonfinite, found.first) == ((0, 0, 1), (-1, -1, 57 * 24 + 3))
     assert case.job.name == NAME
