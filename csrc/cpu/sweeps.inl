@@ -1,4 +1,4 @@
-// The loops of `merge`, included by kernels.inl within its namespace: what a sweep needs first, then one run over it.
+// The loops of `merge`, included by kernels.inl within its namespace: one run over a chunk, and the run for each choice of stages.
 
 struct Call {
   const char* const* inputs;  // the models', then the base's, at the first element of the chunk
@@ -13,30 +13,6 @@ struct Call {
   int settings;
   uint32_t* counts;  // [models][2] or nullptr: of elements above each part's magnitude and equal to it
 };
-
-// Lines are asked for so many bytes before they are read, a page: that is where the processor's own guesses end.
-constexpr int AHEAD = 4096;
-
-uint32_t count_of(M mask) {
-  return static_cast<uint32_t>(__builtin_popcount(L::bits(mask)));
-}
-
-uint32_t largest_of(U magnitudes) {
-  uint32_t lanes[L::width], largest = 0;
-  L::store(lanes, magnitudes);
-  for (const uint32_t lane : lanes) largest = lane > largest ? lane : largest;
-  return largest;
-}
-
-// What is at least its threshold and below its top, or a NaN; 0 elsewhere.
-F in_band(F delta, const uint32_t* thresholds, const float* tops) {
-  const F below = L::where(L::not_ge(L::absolute(delta), L::load(tops)), delta);
-  return L::where(L::at_least(L::magnitude(delta), L::load(thresholds)), below);
-}
-
-F clipped(F delta, const Part& part) {
-  return L::clip(delta, L::set(-part.magnitude), L::set(part.magnitude));
-}
 
 // One sweep over [from, to) of a chunk, whole lines. The outputs are float32, or of the inputs' own dtype. Reads models
 // (+ 1) x size_of(dtype) bytes per element, and writes one element per setting.
@@ -230,105 +206,6 @@ Run run_of(DType dtype, bool has_base, bool same_dtype, const Sweep& sweep) {
   const size_t vote = sweep.elect * size_t{3} + static_cast<size_t>(by);
   const size_t stages = ((static_cast<size_t>(dtype) * 2 + has_base) * 2 + same_dtype) * KEEPS + sweep.keep;
   return run_of(stages * VOTES + vote, std::make_index_sequence<3 * 2 * 2 * KEEPS * VOTES>());
-}
-
-// Points at the chunk where it lies; or at widened copies where dtypes differ or a line would end past the tensor.
-// Returns whether it lies in place.
-bool point(const Tensor& tensor, int64_t begin, int count, Scratch& scratch) {
-  bool in_place = count % LINE == 0;
-  for (int input = 1; input < tensor.inputs; ++input) in_place &= tensor.views[input].dtype == tensor.views[0].dtype;
-  for (int input = 0; input < tensor.inputs; ++input) {
-    float* copy = scratch.wide + input * CHUNK;
-    if (!in_place) widen(tensor.views[input], begin, count, copy);
-    scratch.inputs[input] = in_place ? bytes_of(tensor.views[input], begin) : reinterpret_cast<const char*>(copy);
-  }
-  return in_place;
-}
-
-// A few counters abreast, or each would wait for its own products.
-constexpr int ABREAST = 4;
-
-void draw(const Part& part, int64_t begin, int count, uint8_t* kept) {
-  if (part.cut >> 32) {
-    memset(kept, 0xff, CHUNK / 8);
-    return;
-  }
-  const uint32_t upper = static_cast<uint32_t>(part.cut >> 16);
-  constexpr int step = ABREAST * L::draws_at_once;
-  const P m0 = L::wide(PHILOX_M0), m1 = L::wide(PHILOX_M1);
-  P keys[PHILOX_ROUNDS][2];
-  for (uint32_t round = 0; round < PHILOX_ROUNDS; ++round) {
-    keys[round][0] = L::wide(static_cast<uint32_t>(part.key) + round * PHILOX_W0);
-    keys[round][1] = L::wide(static_cast<uint32_t>(part.key >> 32) + round * PHILOX_W1);
-  }
-  for (int at = 0; at < count; at += step) {
-    const uint64_t counter = static_cast<uint64_t>(begin + at) / 8;
-    P words[ABREAST][4];
-    for (int i = 0; i < ABREAST; ++i) {
-      words[i][0] = L::counters(static_cast<uint32_t>(counter) + static_cast<uint32_t>(i) * L::draws_at_once / 8);
-      words[i][1] = L::wide(static_cast<uint32_t>(counter >> 32));
-      words[i][2] = words[i][3] = L::wide(0);
-    }
-    for (const auto& key : keys) {  // only the lower halves of the lanes count; what is above them is never looked at
-      for (P(&x)[4] : words) {
-        const P p0 = L::product(x[0], m0), p1 = L::product(x[2], m1);
-        x[0] = L::exclusive_or(L::upper(p1), x[1], key[0]);
-        x[1] = p1;
-        x[2] = L::exclusive_or(L::upper(p0), x[3], key[1]);
-        x[3] = p0;
-      }
-    }
-    bool equal = false;
-    for (int i = 0; i < ABREAST; ++i) equal |= L::draws(words[i], upper, kept + (at + i * L::draws_at_once) / 8);
-    for (int element = at; equal && element < at + step; ++element) {
-      if (!equals_upper(begin + element, part.key, upper)) continue;
-      const int bit = kept_on_equal(begin + element, part.key, part.cut);
-      kept[element / 8] = static_cast<uint8_t>(kept[element / 8] | bit << (element % 8));
-    }
-  }
-}
-
-// Calls `run(from, to)` over the chunk in pieces within which each model's threshold is the same in every line: equals
-// are kept below ties_end, so T before it, T + 1 after it, and a mixture in the line where it falls. So it is with the
-// tops of a band.
-template <DType dtype, class Each>
-void each_threshold(const Part* parts, int models, bool band, int64_t begin, int count, const Scratch& scratch,
-                    const Each& run) {
-  constexpr int vectors = L::vectors<dtype>, line = vectors * L::width;
-  const int end = padded(count);
-  for (int at = 0, until; at < end; at = until) {
-    until = end;
-    const auto set = [&](float magnitude, int64_t ties_end, auto* thresholds) {
-      const int64_t ties = ties_end - begin - at;  // equals among elements below this are above
-      for (int v = 0; v < vectors; ++v) {
-        for (int lane = 0; lane < L::width; ++lane) {
-          const uint32_t least = to_bits(magnitude) + (L::element<dtype>(v, lane) >= ties);
-          memcpy(thresholds + v * L::width + lane, &least, sizeof least);
-        }
-      }
-      if (ties > 0 && ties < end - at) {
-        const int next = at + (ties < line ? line : static_cast<int>(ties) / line * line);
-        until = next < until ? next : until;
-      }
-    };
-    for (int model = 0; model < models; ++model) {
-      const Part& part = parts[model];
-      set(part.magnitude, part.ties_end, scratch.thresholds + model * LINE);
-      if (band) set(part.top_magnitude, part.top_ties_end, scratch.tops + model * LINE);
-    }
-    run(at, until);
-  }
-}
-
-template <class Each>
-void each_threshold(DType dtype, const Part* parts, int models, bool band, int64_t begin, int count,
-                    const Scratch& scratch, const Each& run) {
-  switch (dtype) {
-    case DType::F32: return each_threshold<DType::F32>(parts, models, band, begin, count, scratch, run);
-    case DType::F16: return each_threshold<DType::F16>(parts, models, band, begin, count, scratch, run);
-    case DType::BF16: return each_threshold<DType::BF16>(parts, models, band, begin, count, scratch, run);
-    case DType::U8: return;
-  }
 }
 
 template <DType dtype>
