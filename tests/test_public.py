@@ -42,6 +42,7 @@ ROOMS = {
         "gathered",
         "measures",
         "methods",
+        "pieces",
         "planner",
         "recipe",
         "sources",

@@ -1,4 +1,4 @@
-// The loops of `merge`, included by kernels.inl within its namespace: one run over a chunk, and the run for each choice of stages.
+// The loops of `merge`, included by kernels.inl within its namespace: one run over a chunk, for each choice of stages.
 
 struct Call {
   const char* const* inputs;  // the models', then the base's, at the first element of the chunk
