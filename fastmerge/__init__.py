@@ -23,8 +23,10 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .engine import Report, merge
+    from .live import merge_into, merge_state_dicts, merge_tensors
     from .planner import Plan, plan
     from .recipe import Recipe
+    from .session import Session
 
 __version__ = "0.1.0"
 
@@ -40,11 +42,26 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "Session",
     "merge",
+    "merge_into",
+    "merge_state_dicts",
+    "merge_tensors",
     "plan",
 ]
 
-_LAZY = {"Report": "engine", "merge": "engine", "Plan": "planner", "plan": "planner", "Recipe": "recipe"}
+#: The module of each public name that is loaded when first asked for.
+_LAZY = {
+    "Plan": "planner",
+    "Recipe": "recipe",
+    "Report": "engine",
+    "Session": "session",
+    "merge": "engine",
+    "merge_into": "live",
+    "merge_state_dicts": "live",
+    "merge_tensors": "live",
+    "plan": "planner",
+}
 
 
 def __getattr__(name: str) -> Any:
