@@ -886,7 +886,10 @@ tokenizer:
             "2: tokenizer_source: tokenizer and tokenizer_s",
         ),
         ("tokenizer_source: c", "1: tokenizer_source: 'c' is none of the models that are merged"),
-        ("tokenizer_source: unoin", "1: tokenizer_source: 'unoin' is none of the models that are merged; did you mean 'union'?"),
+        (
+            "tokenizer_source: unoin",
+            "1: tokenizer_source: 'unoin' is none of the models that are merged; did you mean 'union'?",
+        ),
         (
             "tokenizer: {pad_to_multiple_of: 0}",
             "1: tokenizer.pad_to_multiple_of: pad_to_multiple_of must be 1",
