@@ -22,6 +22,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from . import lora
     from .engine import Report, merge
     from .live import merge_into, merge_state_dicts, merge_tensors
     from .planner import Plan, plan
@@ -43,6 +44,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "Session",
+    "lora",
     "merge",
     "merge_into",
     "merge_state_dicts",
@@ -56,6 +58,7 @@ _LAZY = {
     "Recipe": "recipe",
     "Report": "engine",
     "Session": "session",
+    "lora": "lora",
     "merge": "engine",
     "merge_into": "live",
     "merge_state_dicts": "live",
@@ -70,7 +73,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    module = import_module(f".{_LAZY[name]}", __name__)
+    value = module if name == _LAZY[name] else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -20,6 +20,7 @@ from .flags import FLAGS, Fate, Takes
 
 if TYPE_CHECKING:
     from .engine import Progress, Report
+    from .lora import AdapterReport
     from .planner import Job, Plan
     from .recipe import Recipe
 
@@ -50,6 +51,21 @@ def _vary(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict
             raise click.BadParameter(f"{name} is given twice; write all of its values after one --vary")
         values[name] = [value.strip() for value in those.split(",")]
     return values
+
+
+def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> list[float] | None:
+    """The numbers of 0.5,1."""
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not numbers; write for example 0.5,1") from None
+
+
+def _parameters(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """Values by parameter, of elect=count each."""
+    if wrong := [text for text in given if "=" not in text]:
+        raise click.BadParameter(f"{wrong[0]!r} has no value; write for example elect=count")
+    return dict(text.split("=", 1) for text in given)
 
 
 _recipe = click.argument("recipe", type=click.Path(path_type=Path))
@@ -279,6 +295,104 @@ def demo(folder: Path | None, backend: str, threads: int | None) -> None:
         from .demo import run
 
         run(folder, backend=backend, threads=threads)
+
+
+@main.group()
+def lora() -> None:
+    """Fuse LoRA adapters into their base, combine them, or extract one from a fine-tune."""
+
+
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier output in OUT.")
+_out = click.argument("out", type=click.Path(path_type=Path))
+
+
+@lora.command()
+@click.argument("base")
+@click.argument("adapter")
+@_out
+@_backend
+@_threads
+@_shard_size
+@_nonfinite
+@_overwrite
+def fuse(base: str, adapter: str, out: Path, **options: Any) -> None:
+    """Write BASE with ADAPTER as one model into the new folder OUT, tile by tile.
+
+    Both are folders, or ids on the hub.
+    """
+    with _mistakes():
+        from .lora import fuse as run
+
+        with _bar(False) as progress:
+            report = run(base, adapter, out, progress=progress, **options)
+        click.echo(_closing(report))
+
+
+@lora.command()
+@click.argument("adapters", nargs=-1, required=True)
+@_out
+@click.option(
+    "--method",
+    default="svd",
+    show_default=True,
+    help="cat, svd, ties, dare_ties, dare_linear, magnitude_prune, or what a recipe takes; with _svd after its name as "
+    "PEFT means it; with peft_ before it on A and B apart.",
+)
+@click.option("--weights", callback=_numbers, metavar="NUMBER,...", help="One for each adapter; by default 1.")
+@click.option("--density", callback=_numbers, metavar="NUMBER,...", help="Share of a delta that stays; one for all.")
+@click.option("--rank", type=click.IntRange(1), help="What no module exceeds; by default the largest of the adapters'.")
+@click.option("--base", help="Merge all of them into this model, which is then what is written.")
+@click.option("--parameter", "parameters", multiple=True, callback=_parameters, metavar="NAME=VALUE")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the random drops.")
+@_threads
+@_overwrite
+def combine(adapters: tuple[str, ...], out: Path, parameters: dict[str, str], **options: Any) -> None:
+    """Make one adapter of several ADAPTERS, whatever their ranks, in the new folder OUT.
+
+    A parameter is one that the method has in a recipe.
+    """
+    with _mistakes():
+        from .lora import AdapterReport
+        from .lora import combine as typed
+
+        run: Callable[..., AdapterReport | Report] = typed
+        density = options.pop("density")
+        each = density[0] if density and len(density) == 1 else density
+        report = run(adapters, out, density=each, **options, **parameters)
+        click.echo(_adapted(report) if isinstance(report, AdapterReport) else _closing(report))
+
+
+@lora.command()
+@click.argument("base")
+@click.argument("finetuned")
+@_out
+@click.option("--rank", type=click.IntRange(1), help="What no module exceeds.")
+@click.option("--energy", type=float, help="In its place: the share of each delta's squared norm that is to be held.")
+@click.option(
+    "--whole/--no-whole",
+    default=True,
+    help="Whether what has no factors (norms, embeddings, biases) is kept whole where it differs; the default.",
+)
+@_overwrite
+def extract(base: str, finetuned: str, out: Path, **options: Any) -> None:
+    """Make an adapter of what FINETUNED changes in BASE, in the new folder OUT."""
+    with _mistakes():
+        from .lora import extract as run
+
+        click.echo(_adapted(run(base, finetuned, out, **options)))
+
+
+def _adapted(report: AdapterReport) -> str:
+    """What was made, and the module that is farthest from what it was to be."""
+    ranks = sorted({each.rank for each in report.modules})
+    worst = max(report.modules, key=lambda each: each.error)
+    span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    whole = f"; {len(report.whole):,} tensors whole" if report.whole else ""
+    return (
+        f"{_printable(str(report.out))}: {len(report.modules):,} modules of rank {span}, relative error "
+        f"{report.error:.2e} (most in {_printable(worst.module)}, {worst.error:.2e}){whole}; "
+        f"wrote {_size(report.bytes_written)} in {report.seconds:.2f} s"
+    )
 
 
 def _merge(
