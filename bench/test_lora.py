@@ -100,7 +100,11 @@ def test_fused_against_merge_and_unload(
     )
     children = children[-rounds:]
     nbytes = 4 * case.parameters + case.nbytes
-    record(_row(op, case, "merge_and_unload", nbytes, children, peer, disk.peaks(children, run), error, peer_error))
+    row = _row(op, case, "merge_and_unload", nbytes, children, peer, disk.peaks(children, run), error, peer_error)
+    record(row)
+    if peer is not None:
+        times = Ratio.of([peer.child.seconds] * rounds, [child.seconds for child in children])
+        record(row._replace(method="the same with imports", times=times, peer_seconds=peer.child.seconds))
 
 
 @pytest.mark.parametrize("op", ["combine"])
@@ -124,8 +128,8 @@ def test_combined_against_weighted_adapters(
     if peer is not None and not method.startswith("dare"):  # whose drops are others
         expected = _delta(theirs / "both")
         apart = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-        print(apart)
-        assert apart <= 1e-4, "not the product that PEFT has"
+        # PEFT rounds what is side by side to the dtype of the base.
+        assert apart <= (2**-7 if method == "cat" else 1e-4), "not the product that PEFT has"
     if peer is not None:
         shutil.rmtree(theirs)
     rounds = max(3, request.config.getoption("rounds") // 3)

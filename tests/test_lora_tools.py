@@ -36,7 +36,8 @@ from test_lora import (
 import fastmerge
 from fastmerge import CheckpointError, FastmergeWarning, MismatchError, NonFiniteError, OutputError, RecipeError, cli
 from fastmerge.checkpoint import open_checkpoint
-from fastmerge.lora import AdapterReport, combine, extract, factors, fuse
+from fastmerge.hub import Snapshot
+from fastmerge.lora import AdapterReport, combine, combining, extract, factors, fuse
 from fastmerge.lora.factors import Dense, Factors, Product
 from fastmerge.sources.adapter import Adapter, open_adapter
 from fastmerge.sources.lora import Adapted
@@ -409,6 +410,7 @@ NAN = {name: torch.full_like(tensor, torch.nan) for name, tensor in pair(K, 4, 6
     ],
     ids=lambda value: "",
 )
+@pytest.mark.filterwarnings("ignore:peft_linear works on A and B apart")
 def test_what_cannot_be_combined(
     tensors: Tensors, config: dict[str, Any], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -418,6 +420,21 @@ def test_what_cannot_be_combined(
         combine(["one", "two"], "out", **options)
     assert message in str(caught.value)
     assert not Path("out").exists()
+
+
+def test_adapters_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(pair(K, 4, 6), "cache")
+    asked = []
+
+    def fetched(id: str, revision: str | None, *, adapter: bool) -> Snapshot:
+        asked.append((id, revision, adapter))
+        return Snapshot(Path("cache"), "c" * 40)
+
+    monkeypatch.setattr(combining, "snapshot", fetched)
+    combine(["org/one@v1", "org/two"], "out", weights=[1, -3])
+    assert asked == [("org/one", "v1", True), ("org/two", None, True)]
+    np.testing.assert_allclose(delta(made(), K), -2 * delta(made("cache"), K), rtol=0, atol=1e-5)
+    assert "- `org/one@v1`\n- `org/two`\n" in Path("out/README.md").read_text()
 
 
 def test_adapters_without_factors_are_refused() -> None:
