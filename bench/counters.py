@@ -27,7 +27,7 @@ from typing import Any
 import ceiling
 import disk
 import noting
-from cases import CASES, Buffers, Case, read_by, sweeps
+from cases import CASES, MODELS, Buffers, Case, read_by, sweeps
 
 from fastmerge import native
 from fastmerge.methods import METHODS
@@ -53,10 +53,10 @@ def main() -> None:
             "",
             f"Written by `python bench/counters.py` on {ceiling.processor()}, {_THREADS} processors, {native.isa()}.",
             *_table("Sweeps in memory", _IN_MEMORY, in_memory(asked.rounds)),
+            *_table("Thousands of tiny tensors, by the command line", _TINY, tiny(Path(place))),
             *_table(
                 f"From disk to disk, {models.parameters / 1e6:,.0f} M parameters", _ON_DISK, on_disk(models, asked)
             ),
-            *_table("Thousands of tiny tensors, by the command line", _TINY, tiny(Path(place))),
         ]
     _PAGE.write_text("\n".join(page) + "\n")
 
@@ -139,6 +139,8 @@ process | seconds | user | system | idle | sync | page faults | written, MB
 
 def on_disk(models: disk.Models, asked: argparse.Namespace) -> Iterator[Sequence[Any]]:
     run, out = Run(_THREADS), models.folder / "out"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    several = 2 * models.parameters * (MODELS + 1 + 8) < memory / 2  # else the page cache does not hold them all
     processes: dict[str, list[str]] = {}
     for method in ("passthrough", "linear", "slerp", "task_arithmetic"):
         recipe = disk.recipe_of(method, models)
@@ -150,11 +152,12 @@ def on_disk(models: disk.Models, asked: argparse.Namespace) -> Iterator[Sequence
         path.parent.mkdir(parents=True)
         path.write_text(disk.recipe_of(method, models).text)
         processes[method] = _noted("merge", ["merge", str(path), str(out), "--quiet", "--backend", "cpu"])
-        if method in ("task_arithmetic", "ties"):
+        if several and method in ("task_arithmetic", "ties"):
             options = ["--vary", f"lambda={_LAMBDAS}"]
             processes[f"{method}, 8 of lambda"] = [*processes[method], *options]
-    recipe = disk.recipe_of("task_arithmetic", models)
-    processes["floor of task_arithmetic, 8 outputs"] = _noted("floor", disk.floor(recipe, out, run, 8)[2:])
+    if several:
+        recipe = disk.recipe_of("task_arithmetic", models)
+        processes["floor of task_arithmetic, 8 outputs"] = _noted("floor", disk.floor(recipe, out, run, 8)[2:])
     rounds = [{name: _usage(command, out) for name, command in processes.items()} for _ in range(asked.rounds)]
     for name in processes:
         seconds, user, system, sync, faults, written = (
@@ -200,6 +203,7 @@ _TENSORS = 4000
 def tiny(place: Path) -> Iterator[Sequence[Any]]:
     models = disk.write_models(place / "tiny", {f"model.layers.{n}.norm.weight": (256,) for n in range(_TENSORS)}, {})
     recipe = disk.recipe_of("task_arithmetic", models)
+    os.sync()  # what else is to be put on disk is not waited for here
     profile = cProfile.Profile()
     from fastmerge.engine import merge
 

@@ -73,6 +73,8 @@ def main(path: Path, folder: Path) -> None:
         "What a figure means is in [bench/README.md](../README.md).",
         "## Against the marks",
         _table([("", "goal", "worst", "where", "figures", ""), *host_marks.standing(rows)]),
+        "What stands in the way of those that are missed: [counters.md](../counters.md), and what they mean in"
+        " [bench/README.md](../README.md#what-stands-in-the-way).",
     ]
     for section in _sections(rows):
         parts += [f"## {section.title}", section.says]
