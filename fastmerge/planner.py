@@ -215,7 +215,7 @@ def plan(
                 opened[model] = _opened(model, opened)
         own = seed if seed is not None else document.seed or 0
         result = document is recipe.documents[-1]
-        planner = _Planner(
+        planner = Planner(
             [variant.document for variant in varied] if result else [document],
             {model: opened[model] for model in document.models},
             own,
@@ -316,7 +316,7 @@ _PASSTHROUGH = METHODS["passthrough"]
 _AS_IT_IS = Settings({}, ({"scale": None},))
 
 
-class _Planner:
+class Planner:
     """Plans one document, given as often as it has variants, whose `parameters` alone differ."""
 
     def __init__(self, documents: Sequence[Document], models: Mapping[Model, Checkpoint | Planned], seed: int) -> None:

@@ -11,8 +11,7 @@ from . import tensors
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint, same_bytes
 from .errors import MismatchError
 from .fit import Fit
-from .planner import Planned, Source
-from .planner import _Planner as Planner
+from .planner import Planned, Planner, Source
 from .recipe import Document, Model
 from .tensors import CPU, Held
 

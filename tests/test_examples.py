@@ -44,6 +44,15 @@ class Example(NamedTuple):
     dtype: str
 
 
+GRADIENT_SLERP = """merge_method: slerp
+base_model: orca/mini-v3-13b
+parameters:
+  t:
+  - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+  - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+  - value: 0.5
+dtype: float16
+"""
 EXAMPLES = {
     # examples/
     "arcee_fusion": Example(
@@ -70,30 +79,16 @@ slices:
 - sources:
   - {model: orca/mini-v3-13b, layer_range: [0, 40]}
   - {model: platypus/2-13b, layer_range: [0, 40]}
-merge_method: slerp
-base_model: orca/mini-v3-13b
-parameters:
-  t:
-  - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
-  - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
-  - value: 0.5
-dtype: float16
-""",
+"""
+        + GRADIENT_SLERP,
         40,
         "float16",
     ),
     "gradient-slerp-of-models": Example(
         """
 models: [model: orca/mini-v3-13b, model: platypus/2-13b]
-merge_method: slerp
-base_model: orca/mini-v3-13b
-parameters:
-  t:
-  - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
-  - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
-  - value: 0.5
-dtype: float16
-""",
+"""
+        + GRADIENT_SLERP,
         40,
         "float16",
     ),
