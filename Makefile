@@ -7,12 +7,13 @@ LINTERS := clang-format==23.1.5 mypy==2.4.1 ruff==0.17.6 types-PyYAML
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Not isolated, so that what is compiled once stays compiled: the CUDA kernels take minutes where nvcc is there.
 TOOLS := cmake ninja pybind11 scikit-build-core
-BUILD := --no-build-isolation --config-settings=cmake.define.FASTMERGE_WERROR=ON
+BUILD := --no-build-isolation --config-settings=cmake.define.FASTMERGE_WERROR=ON \
+	--config-settings=cmake.define.FASTMERGE_CORE=ON
 CORE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc bench tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 PYTHONS := fastmerge kernels tests bench docs
 
-.PHONY: demo test lint format bench gpu-test gpu-bench clean
+.PHONY: demo test lint format docs wheel smoke neon bench gpu-test gpu-bench clean
 
 demo: .venv/built
 	$(BIN)/fastmerge demo
@@ -30,6 +31,29 @@ format: .venv/linters
 	$(BIN)/ruff check --fix $(PYTHONS)
 	$(BIN)/ruff format $(PYTHONS)
 	$(BIN)/clang-format -i $(CPP)
+
+# The site, in build/docs; a warning is an error.
+docs: .venv/docs
+	$(BIN)/sphinx-build -E -W --keep-going --quiet -c docs . build/docs
+
+# What is shipped, in dist: the sdist, and the wheel for this Python made of it.
+wheel: .venv/python
+	rm -rf dist
+	$(PIP) build
+	$(BIN)/python -m build --no-isolation -Ccmake.define.FASTMERGE_CORE=ON -Ccmake.define.FASTMERGE_CUDA=OFF
+
+# That wheel where there is nothing else: no checkout, no compiler, no torch.
+ALONE = env PATH=$(CURDIR)/build/alone/bin CC=/bin/false CXX=/bin/false
+smoke: wheel
+	rm -rf build/alone
+	$(PYTHON) -m venv build/alone
+	$(ALONE) python -m pip install --quiet --disable-pip-version-check --only-binary=:all: dist/*.whl
+	$(ALONE) python -I tests/smoke.py
+	$(ALONE) fastmerge demo
+
+# The kernels of NEON, cross-compiled and under an emulator; a part of make test.
+neon: .venv/tests
+	$(BIN)/python -m pytest tests/test_neon.py $(ARGS)
 
 # make bench OP=merge CASE=mlp METHOD=ties runs one op on one case, PROVIDER=path.py with a provider of one's own beside
 # ours, PARAMS=1.1e9 with models of that size on disk. Then the page of all that was ever measured here: bench/page/.
@@ -57,7 +81,7 @@ gpu-bench: .venv/built .venv/tests
 	$(BIN)/python -m pytest bench/test_gpu.py $(CHOSEN) --csv bench/results/gpu.csv $(ARGS)
 
 clean:
-	rm -rf .venv .venv-mergekit build
+	rm -rf .venv .venv-mergekit build dist
 
 .venv/python:
 	$(PYTHON) -m venv .venv
@@ -71,6 +95,10 @@ clean:
 .venv/tests: .venv/built
 	$(PIP) $(TORCH)
 	$(PIP) --editable '.[test,bench]' $(BUILD)
+	touch $@
+
+.venv/docs: .venv/tests
+	$(PIP) --editable '.[docs]' $(BUILD)
 	touch $@
 
 .venv/linters: .venv/python

@@ -23,17 +23,20 @@ from .errors import (
 
 if TYPE_CHECKING:
     from . import lora
+    from .comparing import Comparison, diff
     from .engine import Report, merge
     from .live import merge_into, merge_state_dicts, merge_tensors
     from .planner import Plan, plan
     from .recipe import Recipe
     from .session import Session
+    from .verifying import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "Comparison",
     "FastmergeError",
     "FastmergeWarning",
     "MismatchError",
@@ -44,26 +47,33 @@ __all__ = [
     "RecipeError",
     "Report",
     "Session",
+    "Verification",
+    "diff",
     "lora",
     "merge",
     "merge_into",
     "merge_state_dicts",
     "merge_tensors",
     "plan",
+    "verify",
 ]
 
 #: The module of each public name that is loaded when first asked for.
 _LAZY = {
+    "Comparison": "comparing",
     "Plan": "planner",
     "Recipe": "recipe",
     "Report": "engine",
     "Session": "session",
+    "Verification": "verifying",
+    "diff": "comparing",
     "lora": "lora",
     "merge": "engine",
     "merge_into": "live",
     "merge_state_dicts": "live",
     "merge_tensors": "live",
     "plan": "planner",
+    "verify": "verifying",
 }
 
 

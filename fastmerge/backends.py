@@ -1,16 +1,21 @@
-"""Which provider runs which op: an ordered list per device and op, probes, and a choice that fails loudly."""
+"""Which provider runs which op: an ordered list per device and op, probes, and a choice that fails loudly.
+
+The providers of other packages come after those of the table: a package that is installed changes no merge that ran
+before, and is neither looked for nor imported until it is asked for by name, or nothing of the table will do.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import installed
 from .errors import BackendError
 from .sweep import Cut, Found, Inputs, Run, Sweep, Target
 
@@ -38,6 +43,7 @@ ORDER = {
         "merge": ("cuda", "triton"),
     },
 }
+_TAKEN = frozenset(("auto", *PROVIDERS))
 #: One of these is there where a driver of NVIDIA or AMD is, or that of WSL.
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
@@ -46,7 +52,7 @@ Worked = dict[str, set[str]]
 
 
 class Provider(Protocol):
-    """A module that implements the ops on one kind of device; what they compute stands in `sweep`."""
+    """A module that implements the ops, or some of them, on one kind of device; what they compute stands in `sweep`."""
 
     name: str
     DEVICE: str
@@ -101,12 +107,16 @@ class Ops:
 
     def __init__(self, wanted: str, dtypes: Iterable[str], device: str, worked: Worked) -> None:
         needed = frozenset(dtypes)
-        self._by = {op: choose(wanted, needed, op=op, device=device) for op in OPS}
+        chosen = {op: _choice(wanted, needed, op, device) for op in OPS}
+        self._by = {op: each for op, each in chosen.items() if not isinstance(each, BackendError)}
+        self._missing = {op: each for op, each in chosen.items() if isinstance(each, BackendError)}
+        if "merge" in self._missing:
+            raise self._missing["merge"]
         self._worked = worked
         self.names = tuple(dict.fromkeys(each.name for each in self._by.values()))
         self.dtypes = frozenset.intersection(*(each.DTYPES for each in self._by.values()))
         #: Whether tensors can be selected and swept in one go.
-        self.ranks = self._by["threshold"] is self._by["merge"] and hasattr(self._by["merge"], "merge_ranked")
+        self.ranks = self._by.get("threshold") is self._by["merge"] and hasattr(self._by["merge"], "merge_ranked")
 
     def gram(self, tensors: Sequence[Inputs], run: Run) -> list[NDArray[np.float64]]:
         return self._working("gram").gram(tensors, run) if tensors else []
@@ -159,6 +169,8 @@ class Ops:
         return _devices(self._by["merge"])
 
     def _working(self, op: str) -> Provider:
+        if op in self._missing:
+            raise self._missing[op]
         provider = self._by[op]
         self._worked.setdefault(provider.name, set()).add(op)
         return provider
@@ -180,12 +192,13 @@ def provider(name: str) -> Provider:
     Raises:
         BackendError: it cannot run here, or there is none of that name.
     """
-    if name not in PROVIDERS:
-        raise BackendError(f"there is no backend {name!r}; there are auto, {', '.join(PROVIDERS)}")
+    if name not in PROVIDERS and name not in added():
+        raise BackendError(f"there is no backend {name!r}; there are {', '.join(names())}")
     if reason := why_not(name):
         raise BackendError(f"backend {name} cannot run: {reason}")
-    module: Provider = importlib.import_module(f".{PROVIDERS[name][0]}", __package__)
-    return module
+    built_in = name in PROVIDERS
+    found: Any = importlib.import_module(f".{PROVIDERS[name][0]}", __package__) if built_in else installed.load(name)
+    return cast(Provider, found)
 
 
 def choose(wanted: str, dtypes: Iterable[str], *, op: str = "merge", device: str = "cpu") -> Provider:
@@ -196,12 +209,14 @@ def choose(wanted: str, dtypes: Iterable[str], *, op: str = "merge", device: str
     """
     needed = frozenset(dtypes)
     reasons = []
-    for name in ORDER[device][op] if wanted == "auto" else [wanted]:
+    for name in _order(device, op) if wanted == "auto" else [wanted]:
         if wanted == "auto" and (reason := why_not(name)):
             reasons.append(f"{name} is out: {reason}")
             continue
         each = provider(name)  # imports torch for the reference, so only where the ones before it do not do
         if not hasattr(each, op):
+            if wanted != "auto":
+                raise BackendError(f"backend {name} has no {op}, which this merge needs: ask for auto")
             reasons.append(f"{name} has no {op}")
             continue
         if needed <= each.DTYPES:
@@ -211,13 +226,35 @@ def choose(wanted: str, dtypes: Iterable[str], *, op: str = "merge", device: str
     raise BackendError(f"no backend {what} here ({'; '.join(reasons)})")
 
 
+def _choice(wanted: str, dtypes: Iterable[str], op: str, device: str) -> Provider | BackendError:
+    """What `choose` makes of it, or its error, for those who may not need the op."""
+    try:
+        return choose(wanted, dtypes, op=op, device=device)
+    except BackendError as error:
+        return error
+
+
+def names() -> list[str]:
+    """What may be asked for by name."""
+    return ["auto", *PROVIDERS, *added()]
+
+
+def added() -> list[str]:
+    """The providers of other packages, which are not loaded for it."""
+    return [name for name in dict.fromkeys(each.name for each in installed.listed()) if name not in _TAKEN]
+
+
 def device_of(name: str) -> str:
     """The kind of device that a provider works on; "cpu" also for `auto`, which begins there."""
+    if name not in _TAKEN and name in added():
+        return getattr(installed.load(name), "DEVICE", "cpu")
     return next((device for device, ops in ORDER.items() if any(name in order for order in ops.values())), "cpu")
 
 
 def why_not(name: str) -> str:
     """Why a provider cannot run here; empty where it can. Only for triton this imports torch."""
+    if name not in PROVIDERS:
+        return found if isinstance(found := installed.load(name), str) else found.why_not()
     module, what, remedy = PROVIDERS[name]
     if name == "torch":
         return "" if find_spec("torch") else f"torch is not installed ({remedy})"
@@ -230,25 +267,42 @@ def why_not(name: str) -> str:
 
 
 def standings() -> list[Standing]:
-    """Every provider, in the order of PROVIDERS."""
-    reasons = {name: why_not(name) for name in PROVIDERS}
+    """Every provider, in the order of PROVIDERS, and then those of other packages."""
+    reasons = {name: why_not(name) for name in (*PROVIDERS, *added())}
+
+    def can(name: str, op: str) -> bool:
+        return not reasons[name] and (name in PROVIDERS or hasattr(installed.load(name), op))
 
     def standing(name: str, op: str) -> str:
-        order = ORDER[device_of(name)][op]
-        if reasons[name] or name not in order:
-            return "-"
-        return "auto" if name == next(each for each in order if not reasons[each]) else "can"
+        able = [each for each in _order(device_of(name), op) if can(each, op)]
+        return "-" if name not in able else "auto" if name == able[0] else "can"
+
+    def device(name: str) -> str:
+        return "-" if name not in PROVIDERS and isinstance(installed.load(name), str) else device_of(name)
 
     return [
-        Standing(name, device_of(name), tuple(standing(name, op) for op in OPS), reason)
-        for name, reason in reasons.items()
+        *(
+            Standing(name, device(name), tuple(standing(name, op) for op in OPS), reason)
+            for name, reason in reasons.items()
+        ),
+        *(
+            Standing(each.name, "-", ("-",) * len(OPS), str(each.fault("has a name that is fastmerge's own")))
+            for each in installed.listed()
+            if each.name in _TAKEN
+        ),
     ]
 
 
 def gpus() -> list[Device]:
     """The GPUs of the first provider that can run on one."""
-    names = [name for name in ORDER["gpu"]["merge"] if not why_not(name)]
-    return _devices(provider(names[0])) if names else []
+    first = next((name for name in _order("gpu", "merge") if not why_not(name)), None)
+    return _devices(provider(first)) if first else []
+
+
+def _order(device: str, op: str) -> Iterator[str]:
+    """What `auto` tries; other packages are looked for where nothing of the table will do."""
+    yield from ORDER[device][op]
+    yield from (name for name in added() if device_of(name) == device)
 
 
 def _devices(provider: Any) -> list[Device]:

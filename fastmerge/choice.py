@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from . import backends
-from .errors import BackendError
+from .errors import BackendError, FastmergeWarning
 from .streaming import bus_rate
 
 #: What a GPU takes before its first byte: the driver, pinned memory, kernels. Not yet measured on a card.
@@ -48,6 +49,8 @@ class Choice:
             self.reason = "cpu: done before a GPU would have begun"
         else:
             self.reason = "cpu: there is no GPU"
+        if self.backend == "auto" and not backends.why_not("torch") and (reason := backends.why_not("cpu")):
+            warnings.warn(f"torch computes, slowly: {reason}", FastmergeWarning, stacklevel=4)
 
     def after(self, nbytes: int, seconds: float, left: int) -> None:
         """The CPU has merged so many bytes of inputs in this time, and so many are left."""

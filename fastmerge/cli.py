@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -19,10 +20,12 @@ from .errors import FastmergeError, FastmergeWarning
 from .flags import FLAGS, Fate, Takes
 
 if TYPE_CHECKING:
+    from .comparing import Comparison, Difference
     from .engine import Progress, Report
     from .lora import AdapterReport
     from .planner import Job, Plan
     from .recipe import Recipe
+    from .verifying import Verification
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -68,6 +71,20 @@ def _parameters(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -
     return dict(text.split("=", 1) for text in given)
 
 
+_BACKENDS = ("auto", "cpu", "cuda", "triton", "torch")
+
+
+def _backend_of(context: click.Context, option: click.Parameter, name: str) -> str:
+    """One of these, or else one that another package adds."""
+    if name in _BACKENDS:
+        return name
+    from . import backends
+
+    with _mistakes():
+        known = backends.names()
+    return str(click.Choice(known).convert(name, option, context))
+
+
 _recipe = click.argument("recipe", type=click.Path(path_type=Path))
 _seed = click.option("--seed", type=click.IntRange(0), help="Seed of the random drops; before the recipe's own.")
 _shard_size = click.option(
@@ -75,10 +92,11 @@ _shard_size = click.option(
 )
 _backend = click.option(
     "--backend",
-    type=click.Choice(["auto", "cpu", "cuda", "triton", "torch"]),
+    callback=_backend_of,
+    metavar=f"[{'|'.join(_BACKENDS)}|NAME]",
     default="auto",
     show_default=True,
-    help="What computes; one asked for by name never falls back.",
+    help="What computes, NAME being one of another package; one asked for by name never falls back.",
 )
 _gpu_memory = click.option(
     "--gpu-memory",
@@ -99,6 +117,14 @@ _nonfinite = click.option(
     default="error",
     show_default=True,
     help="What NaN or Inf among the inputs does.",
+)
+_restart = click.option("--restart", is_flag=True, help="Begin anew where an unfinished merge is in OUT.")
+_hash = click.option(
+    "--hash",
+    type=click.Choice(["fast", "full"]),
+    default="fast",
+    show_default=True,
+    help="full notes the sha256 of every input in fastmerge.json.",
 )
 _threads = click.option("--threads", type=click.IntRange(1), help="Workers; by default one per processor.")
 
@@ -136,8 +162,24 @@ def _mergekits(shown: bool) -> Callable[[Any], Any]:
     return add
 
 
+def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        with _mistakes():
+            from .facts import lines
+
+            click.echo("\n".join(lines()))
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="fastmerge")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the version and how it was built.",
+)
 def main() -> None:
     """Merge fine-tuned language-model checkpoints at the speed of memory."""
 
@@ -152,6 +194,8 @@ def main() -> None:
 @_gpu_memory
 @_varied
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output in OUT.")
+@_restart
+@_hash
 @_nonfinite
 @_mergekits(shown=False)
 def merge(recipe: Path, out: Path, **options: Any) -> None:
@@ -165,6 +209,7 @@ def merge(recipe: Path, out: Path, **options: Any) -> None:
 @main.command("yaml")
 @click.argument("config_file", type=click.Path(path_type=Path))
 @click.argument("out_path", type=click.Path(path_type=Path))
+@_restart
 @_mergekits(shown=True)
 def as_mergekit_yaml(config_file: Path, out_path: Path, **options: Any) -> None:
     """Merge by the arguments of mergekit-yaml, so that a script changes one word.
@@ -191,6 +236,7 @@ def as_mergekit_yaml(config_file: Path, out_path: Path, **options: Any) -> None:
 )
 @_seed
 @_shard_size
+@_restart
 @_nonfinite
 @_mergekits(shown=True)
 def multi(config_file: Path, out_path: Path | None, intermediate_dir: Path | None, lazy: bool, **options: Any) -> None:
@@ -264,15 +310,20 @@ def info() -> None:
         from rich.table import Column, Table
         from rich.text import Text
 
-        from . import backends
+        from . import backends, methods
 
         console = Console()
         columns = ("backend", "works on", *backends.OPS, Column("why not", overflow="fold"))
         table = Table(*columns, title=f"fastmerge {__version__}", title_justify="left")
         for standing in backends.standings():
             why = Text(_printable(standing.reason))  # no markup: it may name fastmerge[torch]
-            table.add_row(standing.provider, standing.device, *standing.ops, why)
+            table.add_row(Text(_printable(standing.provider)), standing.device, *standing.ops, why)
         console.print(table)
+        if added := methods.added():
+            table = Table("method of another package", "package", Column("why not", overflow="fold"))
+            for each in added:
+                table.add_row(*(Text(_printable(text)) for text in (each.name, each.package, each.fault)))
+            console.print(table)
         if gpus := backends.gpus():
             table = Table("GPU", "name", "free memory")
             for number, gpu in enumerate(gpus):
@@ -382,6 +433,127 @@ def extract(base: str, finetuned: str, out: Path, **options: Any) -> None:
         click.echo(_adapted(run(base, finetuned, out, **options)))
 
 
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--recompute", type=click.IntRange(0), default=0, metavar="N", help="Merge N random tensors again, too.")
+@click.option("--sample-seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of which they are.")
+@_threads
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def verify(out: Path, as_json: bool, **options: Any) -> None:
+    """Hold the merged model in OUT against the fastmerge.json beside it: every tensor's bytes against their hash.
+
+    With --recompute some are merged again from the recipe in it and its inputs, and compared to the bit; relative paths
+    are looked for from here, then from the folder that OUT is in. Exits with 1 where something is wrong.
+    """
+    with _mistakes():
+        from . import verifying
+
+        found = []
+        for folder in verifying.outputs(out):
+            with _bar(as_json, "verifying") as progress:
+                found.append(verifying.verify(folder, progress=progress, **options))
+        if as_json:
+            import json
+
+            click.echo(json.dumps({"outputs": [each.to_json() for each in found]}, indent=2))
+        else:
+            for each in found:
+                _show_verification(each)
+        if any(each.wrong for each in found):
+            sys.exit(1)
+
+
+def _show_verification(found: Verification) -> None:
+    out = _printable(str(found.out))
+    for each in found.wrong[:_SHOWN]:
+        place = f"{found.out}/{each.file}, bytes {each.begin:,} to {each.end:,}: " if each.end else ""
+        click.secho(f"wrong: {_printable(place + each.reason)}", fg="red")
+    if found.wrong:
+        click.echo(f"{out}: {len(found.wrong):,} wrong, {found.tensors:,} tensors in fastmerge.json")
+        return
+    again = f"; {len(found.recomputed):,} merged again, to the bit" if found.recomputed else ""
+    rate = found.bytes_read / found.seconds / 1e9
+    read = f"read {_size(found.bytes_read)} in {found.seconds:.2f} s ({rate:.1f} GB/s)"
+    click.echo(f"{out}: all {found.tensors:,} tensors are as they were written{again}; {read}")
+
+
+@main.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--base", help="What both are fine-tunes of: how far their task vectors agree.")
+@click.option("--all", "every", is_flag=True, help="Show every tensor, not only the 20 that differ most.")
+@click.option("--exit-code", is_flag=True, help="Exit with 1 where the two differ, as git diff does.")
+@_threads
+@click.option("--json", "as_json", is_flag=True, help="Print the whole comparison as JSON.")
+def diff(a: str, b: str, every: bool, exit_code: bool, as_json: bool, **options: Any) -> None:
+    """Compare the models A and B tensor by tensor.
+
+    Each is a folder, a file, an id on the hub, or one with an adapter, MODEL+ADAPTER. A difference is no error: the
+    exit code is 0, unless --exit-code is given.
+    """
+    with _mistakes():
+        from .comparing import diff as run
+
+        with _bar(as_json, "comparing") as progress:
+            found = run(a, b, progress=progress, **options)
+        if as_json:
+            import json
+
+            click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
+        else:
+            _show_comparison(found, every)
+        if exit_code and not found.same:
+            sys.exit(1)
+
+
+def _show_comparison(found: Comparison, every: bool) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    most = None if every else _SHOWN
+    differing = {each.name for each in found.worst}
+    shown = [*found.worst, *(each for each in found.tensors if every and each.name not in differing)][:most]
+    if shown:
+        kinds = [kind for kind, _ in _figures(shown[0], found)]
+        figures = [Column(kind, justify="right", no_wrap=True) for kind in ("dtype", *kinds)]
+        table = Table(Column("tensor", overflow="fold"), *figures)
+        for each in shown:
+            dtypes = ", ".join(dict.fromkeys(each.dtypes))
+            row = [figure for _, figure in _figures(each, found)]
+            table.add_row(Text(_printable(each.name)), dtypes, *row)
+        Console().print(table)
+    for kind, names in (("A", found.only_in_a), ("B", found.only_in_b)):
+        if names:
+            more = f" and {len(names) - _SHOWN:,} more" if most and len(names) > _SHOWN else ""
+            click.echo(_printable(f"only in {kind}: {', '.join(names[:most])}{more}"))
+    for one in found.mismatched:
+        in_a, in_b = (f"{dtype} {list(shape)}" for dtype, shape in zip(one.dtypes, one.shapes, strict=True))
+        click.echo(_printable(f"not compared: {one.name} is {in_a} in A, {in_b} in B"))
+    (_, count), *others = _figures(found.total, found)
+    said = "".join(f", {kind} {figure}" for kind, figure in others)
+    tensors = f"{len(differing):,} of {len(found.tensors):,} tensors differ"
+    apart = f"{tensors}, in {count} of {found.total.elements:,} elements"
+    click.echo(f"{_printable(found.a)} and {_printable(found.b)}: {apart}{said}")
+
+
+def _figures(each: Difference, found: Comparison) -> Iterator[tuple[str, str]]:
+    """The numbers of a difference by their names, as they are shown."""
+    yield "differ", f"{each.differing:,}"
+    for kind, size in (("max", each.max), ("rms", each.rms)):
+        yield kind, "-" if size is None else f"{size:.3g}"
+    ratios = {"cosine": each.cosine}
+    if found.base is not None:
+        ratios |= {"same sign": each.sign_agreement, "cosine of deltas": each.delta_cosine}
+    for kind, ratio in ratios.items():
+        yield kind, "-" if ratio is None else f"{ratio:.6f}"
+    if found.total.nonfinite:
+        yield "NaN or Inf", f"{each.nonfinite:,}"
+
+
+_SHOWN = 20  # tensors of a table or a list
+
+
 def _adapted(report: AdapterReport) -> str:
     """What was made, and the module that is farthest from what it was to be."""
     ranks = sorted({each.rank for each in report.modules})
@@ -403,7 +575,8 @@ def _merge(
     quiet = bool(options["quiet"])
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    with _mistakes(quiet):
+    signal.signal(signal.SIGTERM, _terminate)
+    with _mistakes(quiet, ", and the same command goes on from there"):
         needless = _in_our_words(options)
         if not quiet:
             click.echo("".join(f"{line}\n" for line in needless), nl=False, err=True)
@@ -487,9 +660,18 @@ def _backend_on(device: str) -> str:
     return next((name for name in order if not backends.why_not(name)), order[0])
 
 
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends a merge as Ctrl-C does."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _TerminatedError
+
+
 @contextmanager
-def _mistakes(quiet: bool = False) -> Iterator[None]:
-    """Exit codes: 2 and one sentence for the user's mistakes, 130 for Ctrl-C; warnings are told as they come, once."""
+def _mistakes(quiet: bool = False, further: str = "") -> Iterator[None]:
+    """Exit codes: 2 and one sentence for the user's mistakes, 130 for Ctrl-C and 143 for SIGTERM, after which there is
+    something further to tell; warnings are told as they come, once."""
     told = set()
 
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -506,9 +688,9 @@ def _mistakes(quiet: bool = False) -> Iterator[None]:
         except FastmergeError as error:
             click.secho(f"error: {_printable(str(error))}", fg="red", err=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("stopped; nothing that looks complete was written", err=True)
-            sys.exit(130)
+        except KeyboardInterrupt as ended:
+            click.echo(f"stopped; nothing that looks complete was written{further}", err=True)
+            sys.exit(128 + (signal.SIGTERM if isinstance(ended, _TerminatedError) else signal.SIGINT))
 
 
 def _printable(text: str) -> str:
@@ -517,7 +699,7 @@ def _printable(text: str) -> str:
 
 
 @contextmanager
-def _bar(quiet: bool) -> Iterator[Progress | None]:
+def _bar(quiet: bool, doing: str = "merging") -> Iterator[Progress | None]:
     """A bar with GB/s and time left, on a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
@@ -525,7 +707,7 @@ def _bar(quiet: bool) -> Iterator[Progress | None]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = ("merging", BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (doing, BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -534,8 +716,9 @@ def _bar(quiet: bool) -> Iterator[Progress | None]:
 def _closing(report: Report) -> str:
     outputs = f"{len(report.outputs)} outputs, " if report.outputs != (report.out,) else ""
     peak = f", {_size(report.peak_anonymous_bytes)} of memory" if report.peak_anonymous_bytes else ""
+    before = f", {report.resumed:,} of them before" if report.resumed else ""
     return (
-        f"{_printable(str(report.out))}: {outputs}{' + '.join(report.methods)} of {report.tensors:,} tensors, "
+        f"{_printable(str(report.out))}: {outputs}{' + '.join(report.methods)} of {report.tensors:,} tensors{before}, "
         f"read {_size(report.bytes_read)}, wrote {_size(report.bytes_written)} in {report.seconds:.2f} s "
         f"({report.gigabytes_per_second:.1f} GB/s; "
         f"{_who(report)}, {report.threads} threads{peak})"

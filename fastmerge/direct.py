@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .methods import METHODS, Measured, Settings, averaged, by_columns, elected, matching, number, rescaling
+from .methods import METHODS, Measured, Method, Settings, averaged, elected, matching, number, rescaling
 from .reference import add, delta, random_bits, scale, sweep_tile
 from .sweep import CERTAIN, Elect, Keep, Mean, Part, Sweep
 
@@ -23,10 +23,11 @@ Function = Callable[[Sequence[Tensor], Tensor, Settings], Tensor]
 
 
 def function(
-    method: str, settings: Settings, shape: tuple[int, ...]
+    method: Method, settings: Settings, shape: tuple[int, ...]
 ) -> Callable[[Sequence[Tensor], Tensor | None], Tensor]:
     """A method with its settings, of the flat tensors that have this shape."""
-    whole: Callable[..., Tensor] = nuslerp_columns if by_columns(settings) else FUNCTIONS[method]
+    own = method.function or FUNCTIONS.get(method.name)
+    whole: Callable[..., Tensor] = nuslerp_columns if own is None else own
 
     def merged(models: Sequence[Tensor], base: Tensor | None) -> Tensor:
         origin = None if base is None else base.view(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shlex
 import time
@@ -14,12 +15,13 @@ from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 
-from . import backends, cards, gathered
+from . import backends, cards, gathered, provenance
 from .batches import BATCH_BYTES, Reader, in_batches, share_out
-from .checkpoint import STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
+from .checkpoint import DTYPE_BITS, STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
 from .choice import Choice
 from .errors import BackendError, CheckpointError, FastmergeWarning, NonFiniteError, OutputError
 from .measures import Cuts, model_cuts, swept
+from .methods import METHODS, added
 from .pieces import Room
 from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
 from .planner import plan as make_plan
@@ -31,6 +33,9 @@ from .vary import Vary
 
 Progress = Callable[[int, int], None]
 
+_DONE = "done"  # beside the model of an earlier document, where that is complete
+_READ_BESIDE = (".json", ".model", ".jinja", ".txt")  # configs and tokenizers
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -40,14 +45,15 @@ class Report:
     outputs: tuple[Path, ...]  # the folders written: `out`, or those in it where parameters varied
     methods: tuple[str, ...]
     tensors: int
-    bytes_read: int  # the inputs, each once
-    bytes_written: int  # of all outputs
+    bytes_read: int  # the inputs, each once; without those of tensors that an earlier run had merged
+    bytes_written: int  # of all outputs, likewise
     seconds: float
     peak_anonymous_bytes: int  # memory that is not a mapped file; 0 where the system doesn't tell
     worked: Mapping[str, tuple[str, ...]]  # by provider, the ops that it ran; empty where bytes were only copied
     threads: int
     choice: str  # which device was chosen, and why
     gpu_considered: bool  # whether a GPU was measured against the CPU
+    resumed: int  # tensors that an earlier run had merged
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -70,7 +76,9 @@ def merge(
     shard_size: int = SHARD_SIZE,
     gpu_memory: int | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     nonfinite: str = "error",
+    hash: str = "fast",
     copy_tokenizer: bool = True,
     write_model_card: bool = True,
     vary: Vary = MappingProxyType({}),
@@ -89,7 +97,11 @@ def merge(
         gpu_memory: the most bytes that are taken for each GPU, half of them on it, half pinned in the host's memory; by
             default 8 GB, or what the GPU has free where that is less.
         overwrite: replace an earlier output in `out`, or in a folder of it that `vary` names.
+        restart: begin anew where an unfinished merge is in `out`. Without it the same merge goes on where it stopped,
+            and ends in the same bytes; another is refused.
         nonfinite: "error", or "propagate": NaN and Inf in the inputs go where the arithmetic takes them.
+        hash: "full" notes the sha256 of every input in fastmerge.json; "fast" those that the hub's cache knows, beside
+            the fingerprint that every input has.
         copy_tokenizer: whether the files of the base's or the first model's tokenizer are copied beside the weights.
         write_model_card: whether README.md and mergekit_config.yml are written beside them.
         vary: values of parameters of the recipe's result, as in ``{"lambda": [0.2, 0.4]}``. Each, or each combination
@@ -99,10 +111,12 @@ def merge(
 
     Raises:
         FastmergeError: the user's mistake, as the subclass says; nothing that looks complete is left in `out`.
-        KeyboardInterrupt: at once on Ctrl-C, likewise.
+        KeyboardInterrupt: at once on Ctrl-C, likewise; the same call goes on from there.
     """
     if nonfinite not in ("error", "propagate"):
         raise ValueError(f'nonfinite is "error" or "propagate", not {nonfinite!r}')
+    if hash not in ("fast", "full"):
+        raise ValueError(f'hash is "fast" or "full", not {hash!r}')
     started = time.perf_counter()
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
@@ -122,37 +136,81 @@ def merge(
     )
     beside = {"copy_tokenizer": copy_tokenizer, "write_model_card": write_model_card}
     folders = {variant.name: Path(out, variant.name) for variant in plan.variants}
+    packages = _packages(plan)
+    follows = {
+        "recipe": recipe.text,
+        "seed": seed,
+        "nonfinite": nonfinite,
+        "backend": backend,
+        "arithmetic": provenance.ARITHMETIC,
+        "package": packages,
+        "input": {file: stamp for stage in plan.stages for model in stage.models for file, stamp in _stamps(model)},
+    }
     with _disk(Path(out)), _folder(Path(out)), ExitStack() as opened:
         writers = {
-            name: opened.enter_context(Writer(folder, result.layout, inputs=inputs, overwrite=overwrite))
-            for name, folder in folders.items()
+            variant.name: opened.enter_context(
+                Writer(
+                    folders[variant.name],
+                    result.layout,
+                    inputs=inputs,
+                    overwrite=overwrite,
+                    plan={**follows, "recipe": variant.text},
+                    restart=restart,
+                )
+            )
+            for variant in plan.variants
         }
         written: dict[str, Checkpoint] = {}
         for number, stage in enumerate(before):
             place = next(iter(folders.values())) / STAGES / str(number)  # its name is the user's, and may be any text
-            with Writer(place, stage.layout, inputs=(), overwrite=False) as between:
-                _run(stage, written, {"": between}, work)
-                between.commit(_sidecars(stage, recipe.text, "", place, write_model_card=False))
+            if not (done := place / _DONE).exists():
+                with Writer(place, stage.layout, inputs=(), overwrite=True, plan=follows) as between:
+                    _run(stage, written, {"": between}, work)
+                    between.commit(_sidecars(stage, recipe.text, "", place, write_model_card=False))
+                done.touch()
             written[str(stage.name)] = open_checkpoint(place)
         _run(result, written, writers, work)
         watch.finish()
-        for variant in plan.variants:
+        isa = next((name for name, _, runs in backends.instruction_sets() if runs), None)
+        made_from = provenance.inputs_of(result, full=hash == "full", threads=work.threads)
+        for number, variant in enumerate(plan.variants):
             again = recipe.again or f"merge mergekit_config.yml {shlex.quote(folders[variant.name].name)}"
-            files = _sidecars(result, variant.text, f"fastmerge {again}{options}", folders[variant.name], **beside)
-            writers[variant.name].commit(files)
+            command = f"fastmerge {again}{options}"
+            writer = writers[variant.name]
+            writer.settle()
+            files = _sidecars(result, variant.text, command, folders[variant.name], **beside)
+            files[provenance.FILE] = provenance.written(
+                result,
+                variant.text,
+                command,
+                inputs=made_from,
+                hashes=writer.hashes,
+                worked=worked,
+                isa=isa if "cpu" in worked else None,
+                seed=seed,
+                options={"nonfinite": nonfinite, "shard_size": shard_size, **packages},
+                variant=number,
+            )
+            writer.commit(files)
+    spared_read, spared_written = work.spared_bytes
     return Report(
         Path(out),
         tuple(folders.values()),
         tuple(dict.fromkeys(stage.document.method.name for stage in plan.stages)),
         sum(len(stage.jobs) for stage in plan.stages),
-        plan.bytes_read,
-        plan.bytes_written,
+        plan.bytes_read - spared_read,
+        plan.bytes_written - spared_written,
         time.perf_counter() - started,
         watch.peak_anonymous_bytes,
-        {name: tuple(op for op in backends.OPS if op in worked[name]) for name in backends.PROVIDERS if name in worked},
+        {
+            name: tuple(op for op in backends.OPS if op in worked[name])
+            for name in (*backends.PROVIDERS, *worked)
+            if name in worked
+        },
         work.threads,
         work.choice.reason,
         work.choice.considered,
+        work.resumed,
     )
 
 
@@ -211,6 +269,8 @@ class _Work:
     gpu_memory: int | None
     propagate: bool
     watch: _Watch
+    resumed: int = 0  # tensors of an earlier run
+    spared_bytes: tuple[int, int] = (0, 0)  # read and written for them then
 
     @property
     def run(self) -> Run:
@@ -224,14 +284,17 @@ def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Wri
     models = [_read_from(model, written) for model in stage.models]
     _warn_of_no_deltas(stage, models)
     overflown: dict[str, dict[str, int]] = {name: {} for name in outputs}
+    writers = list(outputs.values())
+    jobs = list(_left(stage, outputs, overflown, work))
     try:
         reader = Reader(models, work.propagate)
-        cuts = model_cuts(stage, reader, work.choice.backend, work.worked, work.run)
-        with closing(_done(stage, reader, cuts, list(outputs.values()), work)) as done:
+        cuts = model_cuts(stage, reader, work.choice.backend, work.worked, work.run) if jobs else {}
+        with closing(_done(stage, jobs, reader, cuts, writers, work)) as done:
             for job, found in done:
                 if any(found.nonfinite) and not work.propagate:
                     raise _nonfinite(job, found, models)
-                for elements, count in zip(overflown.values(), found.overflow, strict=True):
+                for writer, elements, count in zip(writers, overflown.values(), found.overflow, strict=True):
+                    writer.record(job.name, count, work.worked)
                     if count:
                         elements[job.name] = count
     except CheckpointError:
@@ -240,6 +303,49 @@ def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Wri
     _check_unchanged(models)
     for name, elements in overflown.items():
         _warn_of_overflow(stage, name, elements)
+
+
+def _left(
+    stage: Stage, outputs: Mapping[str, Writer], overflown: Mapping[str, dict[str, int]], work: _Work
+) -> Iterator[Job]:
+    """The jobs that no earlier run has done in all outputs; of the others, what was found then."""
+    claimed = frozenset.intersection(*[writer.claimed for writer in outputs.values()])
+    for job in stage.jobs:
+        whole = [writer.still_whole(job.name) if job.name in claimed else None for writer in outputs.values()]
+        if None in whole:
+            yield job
+            continue
+        for elements, found in zip(overflown.values(), filter(None, whole), strict=True):
+            if found.overflow:
+                elements[job.name] = found.overflow
+            for provider, ops in found.worked.items():
+                work.worked.setdefault(provider, set()).update(ops)
+        read, wrote = work.spared_bytes
+        nbytes = math.prod(job.shape) * DTYPE_BITS[job.dtype] // 8
+        work.spared_bytes = read + job.nbytes, wrote + nbytes * len(outputs)
+        work.resumed += 1
+        work.watch.tick(job.passes * job.nbytes)
+
+
+def _packages(plan: Plan) -> dict[str, str]:
+    """The methods that are not our own, with the packages that add them."""
+    names = {stage.document.method.name for stage in plan.stages} - METHODS.keys()
+    return {f"method {row.name}": row.package for row in (added() if names else ()) if row.name in names}
+
+
+def _stamps(model: Checkpoint | Planned) -> Iterator[tuple[str, list[int]]]:
+    """The size and the time of change of each file that a merge reads of a model."""
+    if isinstance(model, Planned):
+        return
+    halves = [model.folder, *([model.adapter.folder] if isinstance(model, Adapted) else [])]
+    beside = [folder / name for folder in halves for name in sorted(os.listdir(folder)) if name.endswith(_READ_BESIDE)]
+    for file in dict.fromkeys((*model.files, *beside)):
+        try:
+            status = os.stat(file)
+        except FileNotFoundError:
+            model.check_unchanged()  # which says so
+            raise
+        yield str(file), [status.st_size, status.st_mtime_ns]
 
 
 def _read_from(model: Checkpoint | Planned, written: Mapping[str, Checkpoint]) -> Checkpoint:
@@ -278,7 +384,7 @@ def _warn_of_what_the_cpu_does(stage: Stage, backend: str) -> None:
 
 
 def _done(
-    stage: Stage, reader: Reader, cuts: Cuts, writers: Sequence[Writer], work: _Work
+    stage: Stage, todo: Sequence[Job], reader: Reader, cuts: Cuts, writers: Sequence[Writer], work: _Work
 ) -> Generator[tuple[Job, Found], None, None]:
     """The jobs as they are done: by the CPU, as long as it is the choice, then by GPUs, if there are jobs left."""
     choice, size, room = work.choice, attrgetter("nbytes"), Room()
@@ -303,8 +409,8 @@ def _done(
                     writer.written([job.name])
                 yield job, whole
 
-    done, left_bytes = 0, stage.bytes_read
-    for jobs in in_batches(stage, stage.jobs, size, BATCH_BYTES):
+    done, left_bytes = 0, sum(map(size, todo))
+    for jobs in in_batches(stage, todo, size, BATCH_BYTES):
         if choice.gpu:
             break
         started = time.perf_counter()
@@ -313,7 +419,7 @@ def _done(
         done, left_bytes = done + len(jobs), left_bytes - nbytes
         if not any(job.direct or job.gather for job in jobs):
             choice.after(nbytes, time.perf_counter() - started, left_bytes)
-    left = stage.jobs[done:]
+    left = todo[done:]
     if choice.gpu and left:
         streamer = Streamer(
             stage, reader, writers, cuts, choice.gpu, choice.devices, work.worked, work.gpu_memory, work.run

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import RecipeError
 from .marked import meant
-from .methods import DROP_RATE, KNOWN, METHODS, Base, Method
+from .methods import DROP_RATE, KNOWN, Base, Method, broken, find, names
 from .parameters import Condition, Parameters, Setting, setting_of
 from .recipe import Document, Entry, Model, Module, Slice
 
@@ -25,16 +25,17 @@ Keywords = Mapping[str, Keyword]
 
 def method_of(name: str) -> Method:
     """A method by its name in a recipe; raises RecipeError where there is none."""
-    if name not in METHODS:
-        raise RecipeError(f"unknown merge_method {name!r}{meant(name, METHODS)}")
-    return METHODS[name]
+    found = find(name)
+    if isinstance(found, Method):
+        return found
+    raise RecipeError(found or f"unknown merge_method {name!r}{meant(name, names())}{broken()}")
 
 
-def over(keywords: Keywords, own: Keywords) -> Keywords:
+def over(keywords: Keywords, own: Keywords, method: Method) -> Keywords:
     """Parameters, those of `own` before others of the same name, however it is spelt."""
-    given = _named(own)
+    given = _named(own, method)
     same = {DROP_RATE, "density"} & given.keys() and {DROP_RATE, "density"}
-    return {name: value for name, value in _named(keywords).items() if name not in same} | given
+    return {name: value for name, value in _named(keywords, method).items() if name not in same} | given
 
 
 def document(
@@ -86,7 +87,7 @@ def _read(method: Method, models: int, keywords: Keywords, single: bool) -> tupl
     """The settings of each model, and those of all."""
     own: list[dict[str, Setting]] = [{} for _ in range(models)]
     shared: dict[str, Setting] = {}
-    for name, value in _named(keywords).items():
+    for name, value in _named(keywords, method).items():
         parameter = method.parameter("density" if name == DROP_RATE else name)
         if parameter is None or not parameter.per_model or not _is_list(value) or _are_conditions(value):
             setting = _setting(method, name, value, single)
@@ -105,12 +106,12 @@ def _read(method: Method, models: int, keywords: Keywords, single: bool) -> tupl
     return own, shared
 
 
-def _named(keywords: Keywords) -> dict[str, Any]:
+def _named(keywords: Keywords, method: Method) -> dict[str, Any]:
     """By the names of recipes, as plain Python. A word that Python keeps to itself ends in an underscore here."""
     given: dict[str, Any] = {}
     for keyword, value in keywords.items():
         name = keyword.removesuffix("_") if keyword in _KEPT else keyword
-        if name not in KNOWN:
+        if name not in KNOWN and method.parameter(name) is None:
             raise RecipeError(f"unknown parameter {keyword!r}{meant(keyword, _SPELT)}")
         if name in given:
             raise RecipeError(f"{name} and {name}_ are both given, and are one parameter; keep one")

@@ -84,7 +84,7 @@ def functions_of(job: Job) -> list[Callable[..., Any]]:
     """A job that is no sweep, as a function of whole torch tensors for each variant."""
     from .direct import function  # imports torch
 
-    return [function(job.method.name, each, job.shape) for each in job.variants]
+    return [function(job.method, each, job.shape) for each in job.variants]
 
 
 def row_by_row(job: Job, width: int, inputs: Inputs, ops: backends.Ops, targets: Sequence[Target], run: Run) -> Found:

@@ -6,6 +6,7 @@ import ctypes
 import os
 from functools import lru_cache
 
+from . import system
 from .errors import CUT, CheckpointError
 
 
@@ -21,7 +22,7 @@ def read(address: int, into: memoryview) -> None:
         return
     while into:
         try:
-            count = os.preadv(memory, [into], address)
+            count = system.read_at(memory, into, address)
         except OSError:
             count = 0
         if not count:
@@ -32,7 +33,7 @@ def read(address: int, into: memoryview) -> None:
 def load(file: int, offset: int, into: memoryview) -> None:
     """Fill a buffer from an open file, without mapping it: 9 GB/s a thread where `read` made 3 (page cache, Zen 4)."""
     while into:
-        count = os.preadv(file, [into], offset)
+        count = system.read_at(file, into, offset)
         if not count:
             raise CheckpointError(CUT)
         into, offset = into[count:], offset + count
@@ -44,7 +45,7 @@ def write(raw: memoryview, offset: int, file: int) -> None:
         view(offset, len(raw))[:] = raw
         return
     while raw:
-        written = os.pwrite(file, raw, offset)
+        written = system.write_at(file, raw, offset)
         offset, raw = offset + written, raw[written:]
 
 
@@ -56,6 +57,6 @@ def view(address: int, count: int) -> memoryview:
 @lru_cache(maxsize=1)
 def _memory_of(process: int) -> int | None:
     try:
-        return os.open(f"/proc/{process}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(f"/proc/{process}/mem", os.O_RDONLY | system.FLAGS)
     except OSError:
         return None

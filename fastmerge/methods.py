@@ -2,17 +2,25 @@
 
 A method is a row. It knows numbers and names, never a tensor or a backend; what it needs to know of the tensors (a
 threshold, the Gram matrix) is measured by the engine and handed to `Method.sweep`.
+
+Other packages add rows by entry points of the group `fastmerge.methods`, each a `Method` or some of them; they are
+looked up where a name is not in the table. docs/write-a-method.md is written for their authors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
+from keyword import iskeyword
+from typing import Any, NamedTuple
 
 from . import spherical
+from .errors import RecipeError
+from .plugins import Plugin, found
 from .sweep import CERTAIN, EVERY, Cut, Elect, Keep, Mean, Part, Rescale, Sweep, TieVote
 
 Value = float | bool | str | None
@@ -85,7 +93,8 @@ class Method:
     base: Base
     models: tuple[int, int | None]
     parameters: tuple[Parameter, ...]
-    sweep: Callable[[Settings, Measured], Sweep] = _unswept  # without one the method is a function of `direct`
+    sweep: Callable[[Settings, Measured], Sweep] = _unswept  # or, of whole torch tensors:
+    function: Callable[..., Any] | None = None  # models, base or None, Settings -> merged; else that of `direct`
     fault: Callable[[Settings], str] = _sound  # what is wrong with values that are fine each; empty where nothing is
     selects: bool = False  # wants `Measured.cuts`, at the ranks of `ranks`
     gram: bool = False  # wants `Measured.gram`
@@ -608,5 +617,110 @@ METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
 #: Accepted instead of `density`, and means 1 - density.
 DROP_RATE = "drop_rate"
 
-#: Every parameter that a recipe may name.
+#: Every parameter of the table, which any recipe may name; beside them, those of the recipe's own method.
 KNOWN = frozenset({DROP_RATE}) | {parameter.name for row in _ROWS for parameter in row.parameters}
+
+
+# --- the rows of other packages ---
+
+GROUP = "fastmerge.methods"
+
+
+class Added(NamedTuple):
+    """A row of another package, or why there is none: then the name may be that of the entry point."""
+
+    name: str
+    package: str
+    method: Method | None
+    fault: str = ""
+
+
+def find(name: str) -> Method | str:
+    """The method of this name, of the table or of another package; else why there is none, empty where none adds it."""
+    if name in METHODS:
+        return METHODS[name]
+    own = [each for each in added() if each.name == name]
+    return own[0].method or own[0].fault if own else ""
+
+
+def names() -> list[str]:
+    """Every name that `find` has a method for."""
+    return [*METHODS, *(each.name for each in added() if each.method)]
+
+
+def broken() -> str:
+    """What to say after a name that is unknown, and might be of a package that cannot be used."""
+    faults = [each.fault for each in added() if each.method is None and each.name not in METHODS]
+    return f"; it may be missing as {faults[0]}" if faults else ""
+
+
+@lru_cache
+def added() -> tuple[Added, ...]:
+    """What the installed packages add to the table, all of it loaded."""
+    rows = [each for plugin in found(GROUP, RecipeError) for each in _added_by(plugin)]
+    taken = Counter(each.name for each in rows if each.method)
+    by = {name: " and ".join(each.package for each in rows if each.name == name) for name in taken}
+    return tuple(
+        each._replace(method=None, fault=f"the method {each.name} is added by {by[each.name]}; uninstall one of them")
+        if each.method and taken[each.name] > 1
+        else each
+        for each in rows
+    )
+
+
+def _added_by(plugin: Plugin) -> Iterator[Added]:
+    try:
+        loaded = plugin.load()
+        rows = [loaded] if isinstance(loaded, Method) else plugin.call("listing its methods", list, loaded)
+    except RecipeError as error:
+        yield Added(plugin.name, plugin.package, None, str(error))
+        return
+    for row in rows:
+        if fault := _misfit(row):
+            name = row.name if isinstance(row, Method) else plugin.name
+            yield Added(str(name), plugin.package, None, str(plugin.fault(fault)))
+        else:
+            yield Added(row.name, plugin.package, _told(row, plugin))
+
+
+def _misfit(row: Any) -> str:
+    """Why an object is no row that could be added; empty where it is one."""
+    if not isinstance(row, Method):
+        return f"gives {row!r:.60} where a fastmerge.methods.Method belongs"
+    if row.name in METHODS:
+        return f"adds a method {row.name}, which fastmerge has of its own"
+    if not (isinstance(row.base, Base) and all(isinstance(each, Parameter) for each in row.parameters)):
+        return f"adds a method {row.name} whose base is no Base, or whose parameters are no Parameter"
+    if row.direct == (row.function is None):
+        return f"adds a method {row.name} that has not one of sweep and function"
+    if row.selects and not any(each.name == "density" and each.per_model for each in row.parameters):
+        return f"adds a method {row.name} that selects, and has no density for each model"
+    odd = [each.name for each in row.parameters if not _may_be_named(each.name)]
+    return f"adds a method {row.name} with a parameter {odd[0]!r}, which is no word for Python" if odd else ""
+
+
+def _may_be_named(parameter: str) -> bool:
+    return parameter in KNOWN or (parameter.isidentifier() and not iskeyword(parameter))
+
+
+def _told(row: Method, plugin: Plugin) -> Method:
+    """A row whose failures are those of the plugin."""
+    whole = row.function
+
+    def sweep(settings: Settings, measured: Measured) -> Sweep:
+        made = plugin.call(f"the sweep of {row.name}", row.sweep, settings, measured)
+        if not isinstance(made, Sweep) or len(made.parts) != len(settings.models):
+            raise plugin.fault(f"makes of {row.name} no Sweep with a part for each model")
+        return made
+
+    def function(models: Sequence[Any], base: Any, settings: Settings) -> Any:
+        merged = plugin.call(f"the function of {row.name}", whole or _unswept, models, base, settings)
+        kind, shape = (getattr(merged, each, None) for each in ("dtype", "shape"))
+        if (kind, shape) != (models[0].dtype, models[0].shape):
+            raise plugin.fault(f"makes of {row.name} no tensor of the shape and dtype of its models")
+        return merged
+
+    def fault(settings: Settings) -> str:
+        return str(plugin.call(f"the fault of {row.name}", row.fault, settings))
+
+    return replace(row, fault=fault, sweep=sweep) if whole is None else replace(row, fault=fault, function=function)

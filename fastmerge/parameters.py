@@ -51,7 +51,7 @@ def read_parameters(fields: Mapping[str, Marked], method: Method, own: bool = Fa
     written = fields["parameters"].mapping() if "parameters" in fields else {}
     settings = {}
     for name, at in written.items():
-        if name not in KNOWN:
+        if name not in KNOWN and method.parameter(name) is None:
             raise at.error(f"unknown parameter {name!r}{meant(name, KNOWN)}")
         if name == DROP_RATE and "density" in written:
             raise at.error("drop_rate and density are both given; drop_rate is 1 - density, keep one")
@@ -73,9 +73,9 @@ def read_parameters(fields: Mapping[str, Marked], method: Method, own: bool = Fa
 def setting_of(name: str, text: str, method: Method) -> Setting:
     """The setting of one value, written as text, for all tensors; what is wrong with it is said of ``name=text``."""
     place = printable(f"{name}={text}")
-    if name not in KNOWN:
-        raise RecipeError(f"unknown parameter {name!r}{meant(name, KNOWN)}", place)
     parameter = _parameter(name, method)
+    if parameter is None and name not in KNOWN:
+        raise RecipeError(f"unknown parameter {name!r}{meant(name, KNOWN)}", place)
     if parameter is None:
         names = ", ".join(parameter.name for parameter in method.parameters) or "none"
         raise RecipeError(f"{method.name} has no parameter {name}; it has {names}", place)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from . import marked
 from .errors import FastmergeWarning, RecipeError
 from .marked import Marked, meant, printable
-from .methods import METHODS, Base, Method
+from .methods import METHODS, Base, Method, broken, find, names
 from .parameters import Parameters, Setting, read_parameters
 from .vocabulary.setting import TokenizerSetting, read_tokenizer
 from .vocabulary.templates import read_chat_template
@@ -238,9 +238,10 @@ def _named(base: Model | None, modules: Sequence[Module]) -> tuple[Model, ...]:
 
 def _method(at: Marked) -> Method:
     name = at.text()
-    if name in METHODS:
-        return METHODS[name]
-    raise at.error(f"unknown merge_method {name!r}{meant(name, METHODS)}")
+    found = find(name)
+    if isinstance(found, Method):
+        return found
+    raise at.error(found or f"unknown merge_method {name!r}{meant(name, names())}{broken()}")
 
 
 def _dtype(at: Marked | None) -> str | None:

@@ -88,7 +88,7 @@ class Session:
             raise ValueError(f"there are {len(outs)} outs for {len(settings)} settings: give one for each")
         if not settings:
             return []
-        stage = merging.joint([over(self._parameters, own) for own in settings])
+        stage = merging.joint([over(self._parameters, own, merging.method) for own in settings])
         into: list[MutableMapping[str, Any]] = [{} for _ in settings] if outs is None else list(outs)
         names = ["out"] if len(into) == 1 else [f"outs[{at}]" for at in range(len(into))]
         merging.into(stage, dict(zip(names, into, strict=True)))
@@ -97,7 +97,8 @@ class Session:
     def merge_into(self, module: Any, **parameters: Keyword) -> None:
         """Merges with these parameters into the weights of a live `torch.nn.Module`, as `fastmerge.merge_into` does."""
         merging = self._open()
-        merging.into(merging.joint([over(self._parameters, parameters)]), {"module": weights_of(module)})
+        settings = over(self._parameters, parameters, merging.method)
+        merging.into(merging.joint([settings]), {"module": weights_of(module)})
 
     def close(self) -> None:
         """Lets go of the models; leaving the context does so, too."""

@@ -29,15 +29,15 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 @cache
 def provider() -> ModuleType:
     """A `fastmerge.cuda` of its own, whose kernels run on the emulated device; that of the package is untouched."""
-    with _in_place_of({"fastmerge._cuda": compiled()}):
-        return _loaded("fastmerge.cuda", Path(fastmerge.__file__).with_name("cuda.py"))
+    with in_place_of({"fastmerge._cuda": compiled()}):
+        return loaded("fastmerge.cuda", Path(fastmerge.__file__).with_name("cuda.py"))
 
 
 @contextmanager
 def installed() -> Iterator[ModuleType]:
     """`fastmerge.cuda` is the emulated one within the block, also for those that import it."""
     cuda = provider()
-    with _in_place_of({"fastmerge._cuda": compiled(), "fastmerge.cuda": cuda}):
+    with in_place_of({"fastmerge._cuda": compiled(), "fastmerge.cuda": cuda}):
         yield cuda
 
 
@@ -48,7 +48,7 @@ def compiled() -> ModuleType:
     includes = [SOURCES, EMULATOR, Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
     # A name of its own: pybind11 answers to one that is imported already with that module, were it built for a card.
-    return _loaded("emulated._cuda", built("_cuda", sources, includes, ['-DFASTMERGE_VERSION="emulated"']))
+    return loaded("emulated._cuda", built("_cuda", sources, includes, ['-DFASTMERGE_VERSION="emulated"']))
 
 
 def built(name: str, sources: Sequence[Path], includes: Sequence[Path], defines: Sequence[str] = ()) -> Path:
@@ -89,18 +89,18 @@ def _run(command: Sequence[str]) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def _loaded(name: str, path: Path) -> ModuleType:
+def loaded(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with _in_place_of({name: module}):
+    with in_place_of({name: module}):
         spec.loader.exec_module(module)
     return module
 
 
 @contextmanager
-def _in_place_of(modules: dict[str, ModuleType]) -> Iterator[None]:
+def in_place_of(modules: dict[str, ModuleType]) -> Iterator[None]:
     """These modules under their names, in `sys.modules` and in their package."""
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():

@@ -128,7 +128,7 @@ def test_options_reach_the_engine(fastmerge_: Command, monkeypatch: pytest.Monke
     monkeypatch.setattr("fastmerge.engine.merge", lambda *args, **options: seen.append((args, options)))
     assert fastmerge_("merge", "linear.yml", "out", "--quiet").code == 0
     options = "--quiet --backend torch --threads 3 --seed 9 --shard-size 2MB --gpu-memory 3GB --overwrite"
-    options += " --nonfinite propagate --vary weight=0.25,1e-3 --vary normalize=true"
+    options += " --restart --hash full --nonfinite propagate --vary weight=0.25,1e-3 --vary normalize=true"
     assert fastmerge_("merge", "linear.yml", "out", *options.split()).code == 0
     paths = (Path("linear.yml"), Path("out"))
     defaults = {
@@ -138,6 +138,8 @@ def test_options_reach_the_engine(fastmerge_: Command, monkeypatch: pytest.Monke
         "shard_size": 5_000_000_000,
         "gpu_memory": None,
         "overwrite": False,
+        "restart": False,
+        "hash": "fast",
         "nonfinite": "error",
         "vary": {},
         "progress": None,
@@ -149,6 +151,8 @@ def test_options_reach_the_engine(fastmerge_: Command, monkeypatch: pytest.Monke
         "shard_size": 2_000_000,
         "gpu_memory": 3_000_000_000,
         "overwrite": True,
+        "restart": True,
+        "hash": "full",
         "nonfinite": "propagate",
         "vary": {"weight": ["0.25", "1e-3"], "normalize": ["true"]},
         "progress": None,
@@ -262,7 +266,11 @@ def test_an_interrupt_is_exit_code_130(fastmerge_: Command, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastmerge.engine.merge", interrupted)
-    assert fastmerge_("merge", "linear.yml", "out") == (130, "", "stopped; nothing that looks complete was written\n")
+    assert fastmerge_("merge", "linear.yml", "out") == (
+        130,
+        "",
+        "stopped; nothing that looks complete was written, and the same command goes on from there\n",
+    )
 
 
 def test_on_a_terminal_there_is_a_bar() -> None:
@@ -483,7 +491,7 @@ def test_the_closing_line_tells_of_a_gpu_that_was_considered(
     ]:
         why = "cuda: 25.0 GB/s over the bus of it"
         out = Path("out")
-        report = fastmerge.Report(out, (out,), ("ties",), 4, 100, 50, 1.0, 0, worked, 2, why, considered)
+        report = fastmerge.Report(out, (out,), ("ties",), 4, 100, 50, 1.0, 0, worked, 2, why, considered, 3)
         monkeypatch.setattr("fastmerge.engine.merge", lambda *_, report=report, **__: report)
         assert fastmerge_("merge", "linear.yml", "out").out.endswith(end)
 
@@ -551,7 +559,9 @@ def test_help_names_every_command_and_its_options(fastmerge_: Command) -> None:
 
 
 def test_the_version_is_printed(fastmerge_: Command) -> None:
-    assert fastmerge_("--version") == (0, f"fastmerge, version {fastmerge.__version__}\n", "")
+    code, out, err = fastmerge_("--version")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"fastmerge {fastmerge.__version__}")
 
 
 def test_the_command_is_installed() -> None:

@@ -197,7 +197,8 @@ def test_another_device_is_refused(device: str) -> None:
 
 @pytest.mark.parametrize("command", ["merge", "yaml"])
 def test_without_the_tokenizer_the_other_files_are_there(command: str) -> None:
-    weights = {"model.safetensors", "config.json", "generation_config.json", "README.md", "mergekit_config.yml"}
+    weights = {"model.safetensors", "config.json", "generation_config.json", "fastmerge.json"}
+    weights |= {"README.md", "mergekit_config.yml"}
     for out, option in (("all", []), ("said", ["--copy-tokenizer"]), ("less", ["--no-copy-tokenizer"])):
         assert run(command, "linear.yml", out, *option).exit_code == 0
     assert set(files("all")) == set(files("said")) == weights | {"tokenizer.json", "vocab.txt"}

@@ -227,7 +227,7 @@ def test_a_merge_of_two_ids_is_that_of_their_folders(hub: Hub) -> None:
     theirs = merged("org/base", "org/math", hub.url)
     ours = merged(folder("base", sharded(0)), folder("math", single(1)), nowhere(), "local")
     for files in (theirs, ours):
-        del files["README.md"], files["mergekit_config.yml"]
+        del files["README.md"], files["mergekit_config.yml"], files["fastmerge.json"]
     assert theirs == ours
     assert set(theirs) == {*BESIDE, "model.safetensors"}
 

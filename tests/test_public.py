@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import io
@@ -11,10 +12,12 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from enum import Enum
 from importlib.metadata import version
 from itertools import permutations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -27,8 +30,37 @@ PACKAGE = ROOT / "fastmerge"
 
 #: Which rooms of the package a room may import; `errors` and `sweep` may be imported by any, and import none.
 ROOMS = {
-    "__init__": {"engine", "live", "lora", "planner", "recipe", "session"},
-    "cli": {"backends", "demo", "engine", "flags", "lora", "multi", "planner", "preflight", "recipe"},
+    "__init__": {"comparing", "engine", "live", "lora", "planner", "recipe", "session", "verifying"},
+    "cli": {
+        "backends",
+        "comparing",
+        "demo",
+        "engine",
+        "facts",
+        "flags",
+        "lora",
+        "methods",
+        "multi",
+        "planner",
+        "preflight",
+        "recipe",
+        "verifying",
+    },
+    "comparing": {"backends", "checkpoint", "lora", "memory", "planner", "sources"},
+    "verifying": {
+        "backends",
+        "batches",
+        "checkpoint",
+        "gathered",
+        "measures",
+        "memory",
+        "pieces",
+        "planner",
+        "provenance",
+        "recipe",
+        "sources",
+    },
+    "provenance": {"checkpoint", "planner", "sources"},
     "lora": {
         "backends",
         "batches",
@@ -47,6 +79,7 @@ ROOMS = {
         "recipe",
         "settings",
         "sources",
+        "system",
     },
     "session": {
         "backends",
@@ -92,6 +125,7 @@ ROOMS = {
         "methods",
         "pieces",
         "planner",
+        "provenance",
         "recipe",
         "sources",
         "streaming",
@@ -129,21 +163,26 @@ ROOMS = {
     "recipe": {"marked", "methods", "parameters", "vocabulary"},
     "parameters": {"marked", "methods"},
     "marked": set(),
-    "methods": {"spherical"},
+    "methods": {"plugins", "spherical"},
     "spherical": set(),
     "integrations": {"backends", "live", "methods", "torch_ops"},
     "torch_ops": {"backends"},
-    "backends": {"cuda", "kernels", "native", "reference"},
+    "backends": {"cuda", "installed", "kernels", "native", "reference"},
+    "installed": {"memory", "plugins"},
+    "plugins": set(),
+    "deprecation": set(),
     "native": {"_core", "records"},
     "cuda": {"_cuda", "records"},
     "records": {"_core"},
     "direct": {"methods", "reference"},
     "reference": {"memory"},
     "kernels": set(),
-    "memory": set(),
+    "facts": {"_build", "backends"},
+    "memory": {"system"},
+    "system": set(),
     "gds": set(),
     "flags": set(),
-    "checkpoint": set(),
+    "checkpoint": {"system"},
     "sources": {"checkpoint", "memory", "native"},
     "vocabulary": {"checkpoint", "marked", "sources"},
     "sweep": set(),
@@ -239,6 +278,83 @@ def test_the_kernels_are_installed_within_the_package() -> None:
     assert importlib.util.find_spec("fastmerge.kernels.provider"), "which is not imported: it needs triton"
     top = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
     assert len(top) == 1, "only a docstring: in a checkout it also answers to `import kernels`"
+
+
+# --- the surface ---
+
+#: The modules that others may rely on, and the names where that is not all that is in them.
+SURFACE = {
+    "fastmerge": "",
+    "fastmerge.lora": "",
+    "fastmerge.integrations.mergekit": "accelerated install uninstall",
+    "fastmerge.integrations.peft": "accelerated install uninstall",
+    "fastmerge.methods": "Base Measured Method Parameter Settings number",
+    "fastmerge.sweep": "",
+    "fastmerge.reference": "add delta keep random_bits scale sweep_tile",
+}
+
+
+def test_the_surface_is_what_others_rely_on() -> None:
+    """Names, parameters and defaults, as tests/surface.txt has them: it changes on purpose, and with the CHANGELOG."""
+    found = "\n".join(f"{module}.{line}" for module in SURFACE for line in surface(module))
+    assert found.splitlines() == (ROOT / "tests" / "surface.txt").read_text().splitlines()
+
+
+def test_the_page_tells_the_surface() -> None:
+    page = (ROOT / "docs" / "write-a-method.md").read_text().partition("## What you may rely on")[2]
+    told = {
+        module: set(re.findall(r"`(.*?)`", names))
+        for modules, names in re.findall(r"^\| (`fastmerge.*?) \| (.*?) \|$", page, re.MULTILINE)
+        for module in re.findall(r"`(.*?)`", modules)
+    }
+    assert told.keys() == SURFACE.keys()
+    for module, names in SURFACE.items():
+        assert told[module] - {f"{module}.__all__"} == set(names.split())
+
+
+def surface(module: str) -> Iterator[str]:
+    """A line for each public name of a module, and for each public member of a class."""
+    held = importlib.import_module(module)
+    mine = [name for name, value in vars(held).items() if name.isupper() or getattr(value, "__module__", "") == module]
+    own = [name for name in mine if not name.startswith("_")]
+    for name in sorted(SURFACE[module].split() or getattr(held, "__all__", own)):
+        value = getattr(held, name)
+        if inspect.isclass(value):
+            yield from members(name, value)
+        else:
+            yield name + (signature(value) if callable(value) else "" if inspect.ismodule(value) else f" = {value!r}")
+
+
+def members(name: str, kind: type) -> Iterator[str]:
+    if issubclass(kind, Enum):
+        yield f"{name}: {', '.join(f'{each.name} = {each.value!r}' for each in kind)}"
+    elif issubclass(kind, Exception):
+        yield f"{name}({kind.__mro__[1].__name__})"
+    else:
+        yield f"{name}{signature(kind)}"
+        fields = {*getattr(kind, "_fields", ()), *getattr(kind, "__dataclass_fields__", ())}
+        for member in sorted(vars(kind).keys() - fields):
+            if not member.startswith("_"):
+                value = getattr(kind, member)
+                yield f"{name}.{member}{signature(value) if callable(value) else ''}"
+
+
+def signature(value: Callable[..., Any]) -> str:
+    """Parameters and defaults, without the types, which are for another checker."""
+    given = [each.replace(annotation=each.empty) for each in inspect.signature(value).parameters.values()]
+    shown = [each if each.default is each.empty else each.replace(default=Shown(each.default)) for each in given]
+    return str(inspect.Signature([each for each in shown if each.name != "self"]))
+
+
+class Shown(NamedTuple):
+    """A default, written alike in every version of Python."""
+
+    value: object
+
+    def __repr__(self) -> str:
+        if isinstance(self.value, Enum):
+            return f"{type(self.value).__name__}.{self.value.name}"
+        return "..." if callable(self.value) else repr(self.value)
 
 
 # --- what importing costs ---

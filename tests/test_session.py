@@ -21,7 +21,7 @@ from fastmerge import (
     backends,
     merge_state_dicts,
 )
-from fastmerge.keywords import over
+from fastmerge.keywords import method_of, over
 
 Tensors = dict[str, torch.Tensor]
 
@@ -117,7 +117,8 @@ def test_other_settings_give_the_bits_of_other_merges(method: str, models: dict[
     with session_of(method, models) as session:
         session.merge()
         for own in OTHER_SETTINGS[method]:
-            assert_same(session.merge(**own), in_memory(method, over(PARAMETERS[method], own), models))
+            expected = in_memory(method, over(PARAMETERS[method], own, method_of(method)), models)
+            assert_same(session.merge(**own), expected)
 
 
 @pytest.mark.parametrize("method", [name for name in OTHER_SETTINGS if name != "model_stock"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 from collections import Counter
@@ -108,13 +109,23 @@ def combinations(case: str) -> dict[str, tuple[str, ...]]:
     return {",".join(f"{n}={v}" for n, v in zip(names, each, strict=True)): each for each in combined}
 
 
+def files_of(folder: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The digests of its files, and its record but for the ops that ran."""
+    files = {Path(file).name: digest for file, digest in digests(folder).items()}
+    record = json.loads(Path(folder, "fastmerge.json").read_text())
+    hashes = {name: tensor["xxh3_128"] for name, tensor in record["tensors"].items()}
+    del files["fastmerge.json"]
+    return files, {"tensors": hashes, "command": record["command"], "inputs": record["inputs"]}
+
+
 # --- the same bytes ---
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [(torch.bfloat16, 1), (torch.float32, 2)], ids=["bf16", "f32-sharded"])
 @pytest.mark.parametrize("case", CASES)
 def test_each_output_is_that_of_a_plain_merge(case: str, dtype: torch.dtype, shards: int) -> None:
-    """To the last byte of every file: weights, index, config, tokenizer, card and recipe."""
+    """To the last byte of every file: weights, index, config, tokenizer, card and recipe; the record, too, but for the
+    ops that ran, which are those for all outputs."""
     save_models(dtype, shards)
     options: dict[str, Any] = {"seed": 3, "shard_size": 300_000 if shards > 1 else 5_000_000_000}
     text, varied = CASES[case]
@@ -126,8 +137,9 @@ def test_each_output_is_that_of_a_plain_merge(case: str, dtype: torch.dtype, sha
     different = set()
     for name, values in outputs.items():
         plain = fastmerge.merge(Recipe.parse(text % values), Path("plain", name), **options)
-        files = {Path(file).name: digest for file, digest in digests(f"varied/{name}").items()}
-        assert files == {Path(file).name: digest for file, digest in digests(f"plain/{name}").items()}
+        (files, record), (plain_files, plain_record) = (files_of(f"{folder}/{name}") for folder in ("varied", "plain"))
+        assert files == plain_files
+        assert record == plain_record
         assert {"config.json", "tokenizer.json", "README.md", "mergekit_config.yml"} < files.keys()
         assert any("-of-" in file for file in files) is (shards > 1)
         assert plain.bytes_read == report.bytes_read

@@ -1,4 +1,8 @@
 // The instruction sets of this build, best first, and whether this processor has them.
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace fastmerge {
@@ -15,6 +19,14 @@ const Kernels* const KERNELS[] = {&kernels_scalar};
 #endif
 const int KERNELS_COUNT = sizeof KERNELS / sizeof *KERNELS;
 
+#if defined(__x86_64__)
+// Clang's __builtin_cpu_supports learnt "f16c" late.
+static bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 const char* why_not(const Kernels& kernels) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -25,7 +37,7 @@ const char* why_not(const Kernels& kernels) {
     return has ? nullptr : "this processor has no AVX-512 F, BW, DQ and VL, or no BMI2";
   }
   if (&kernels == &kernels_avx2) {
-    const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     return has ? nullptr : "this processor has no AVX2, FMA and F16C";
   }
 #endif

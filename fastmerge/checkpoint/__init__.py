@@ -1,9 +1,11 @@
 """Checkpoints as bytes: safetensors headers, models read through mappings, outputs written in place."""
 
+from .folder import STAGES
 from .header import DTYPE_BITS, Header, TensorInfo, encode_header, read_header
+from .layout import Layout, Shard, lay_out
 from .reader import INDEX, SINGLE, Checkpoint, no_model, open_checkpoint, same_bytes, shards_named
 from .sidecars import CARD, CONFIG, COPIED, GENERATION, sidecars, tokenizer_files
-from .writer import STAGES, Descriptor, Layout, Shard, Writer, lay_out
+from .writer import Descriptor, Writer
 
 __all__ = [
     "CARD",

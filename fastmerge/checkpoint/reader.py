@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import system
 from ..errors import CheckpointError, FastmergeWarning
 from .header import (
     CONVERT,
@@ -316,30 +315,20 @@ def _stamp(status: os.stat_result) -> _Stamp:
     return _Stamp(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
 
 
-_FAILED = ctypes.c_void_p(-1).value
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_ssize_t)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-
-
 class _Mapped:
-    """A file mapped for reading until the last reference goes.
+    """A file mapped for reading until the last reference goes."""
 
-    Unlike mmap.mmap it holds no file descriptor, so a model may have more shards than a process may open files.
-    """
-
-    __slots__ = ("address", "size")
+    __slots__ = ("_unmap", "address")
 
     def __init__(self, file: Path, descriptor: int, size: int) -> None:
-        self.size = 0
-        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        if address in (None, _FAILED):
-            reason = os.strerror(ctypes.get_errno())
-            raise CheckpointError(f"{file} cannot be mapped ({reason}); copy it to a local disk, or raise `ulimit -v`")
-        self.address: int = address
-        self.size = size
+        try:
+            self.address, self._unmap = system.map_file(descriptor, size)
+        except OSError as error:
+            reason = error.strerror
+            raise CheckpointError(
+                f"{file} cannot be mapped ({reason}); copy it to a local disk, or raise `ulimit -v`"
+            ) from None
 
-    def __del__(self, munmap: Callable[[int, int], object] = _libc.munmap) -> None:
-        if self.size:
-            munmap(self.address, self.size)
+    def __del__(self) -> None:
+        if hasattr(self, "_unmap"):
+            self._unmap()

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import math
 import os
-import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any
 
-from ..errors import OutputError
-from .header import DTYPE_BITS, encode_header
+from ..errors import FastmergeError, OutputError
+from .folder import COMMIT, JOURNAL, LEFTOVER, LOCK, clear, finished, lock, refuse_inputs, take_back, temporary
+from .journal import Journal, Recorder, Whole, hash_of
+from .layout import Layout, Shard
 from .reader import INDEX, SINGLE
 from .sidecars import CONFIG, is_sidecar
 
-#: Every file of an unfinished output begins so; the next run with the same folder removes them.
-LEFTOVER = ".fastmerge-"
-#: A folder inside the output for what is wanted only until the commit.
-STAGES = LEFTOVER + "stages"
-
-_LOCK = LEFTOVER + "lock"
-_COMMIT = LEFTOVER + "commit"  # the names being renamed, one a line, the one that completes the output last
 _KEPT_FILES = 16  # files that a writer keeps open when nothing refers to them
 _STALE = (
     "model*.safetensors",
@@ -40,61 +33,38 @@ _STALE = (
     "adapter_config.json",
     "tf_model*",
     "flax_model*",
+    "fastmerge.json",
 )
-
-
-class Shard(NamedTuple):
-    """One file to be: its name, its bytes up to the first tensor, where each tensor begins, and its size in bytes."""
-
-    name: str
-    header: bytes
-    offsets: dict[str, int]
-    size: int
-
-
-class Layout(NamedTuple):
-    """All files of an output's weights; `weight_index` is the JSON beside them where there is more than one."""
-
-    shards: tuple[Shard, ...]
-    weight_index: dict[str, Any] | None
-
-
-def lay_out(outputs: Sequence[tuple[str, str, tuple[int, ...]]], shard_size: int) -> Layout:
-    """Places (name, dtype, shape) tensors, in this order, into shards of at most `shard_size` bytes of tensors each.
-
-    A tensor larger than that has a shard of its own. Inside a shard wider dtypes come first, so that each tensor is
-    aligned to its dtype.
-    """
-    groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
-    filled = total = 0
-    for output in outputs:
-        nbytes = _nbytes(output)
-        if groups[-1] and filled + nbytes > shard_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(output)
-        filled += nbytes
-        total += nbytes
-    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
-    if len(groups) == 1:
-        return Layout((_shard(SINGLE, groups[0]),), None)
-    weight_map = {output[0]: name for name, group in zip(names, groups, strict=True) for output in group}
-    return Layout(tuple(map(_shard, names, groups)), {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 class Writer:
     """The output folder while it is written; a context manager.
 
     Entering checks that nothing stands in the way (OutputError, before a byte is written), takes the folder for this
-    process, and makes every file at its full size under a hidden name. `commit` makes them visible; leaving without it
-    removes them.
+    process, and makes every file at its full size under a hidden name. `commit` makes them visible.
+
+    With a `plan`, plain data that says all that the bytes follow from, a journal tells which tensors are whole. Then
+    leaving without `commit` keeps what there is, except after a FastmergeError that is no OutputError: it would come
+    again. The next writer with the same plan goes on from there, another is refused unless it says `restart`. Without a
+    plan, leaving without `commit` removes everything.
     """
 
-    def __init__(self, out: Path, layout: Layout, *, inputs: Sequence[Path], overwrite: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        layout: Layout,
+        *,
+        inputs: Sequence[Path],
+        overwrite: bool,
+        plan: Mapping[str, Any] | None = None,
+        restart: bool = False,
+    ) -> None:
         self._out = out
         self._layout = layout
         self._inputs = inputs
         self._overwrite = overwrite
+        self._plan = None if plan is None else {**plan, "layout": layout.hash}
+        self._restart = restart
         self._places: dict[str, tuple[str, int, int]] = {}  # shard, begin and end of each tensor
         for name, _, offsets, size in layout.shards:
             ends = [*offsets.values(), size][1:]
@@ -102,37 +72,84 @@ class Writer:
                 self._places[tensor] = name, begin, end
         self._open: dict[str, Descriptor] = {}
         self._opening = threading.Lock()
-        self._made = False
+        self._made = self._committed = False
         self._lock = -1
 
     def __enter__(self) -> Writer:
-        _refuse_inputs(self._out, self._inputs)
+        refuse_inputs(self._out, self._inputs)
         with _named(self._out):
             self._made = not self._out.exists()
             self._out.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._out)
+            self._lock = lock(self._out)
+            self._journal = Journal(self._out / JOURNAL)
+            self._recorder = Recorder(self._journal, self._hashes)
             try:
-                _clear(self._out)
+                if not self._goes_on():
+                    clear(self._out)
+                    self._journal.forget()
                 self._refuse_occupied()
                 self._refuse_small()
+                if self._plan is not None and self._journal.plan is None:
+                    self._journal.begin(self._plan)
                 for shard in self._layout.shards:
                     self._create(shard)
-            except BaseException:
-                self.__exit__()
+            except BaseException as error:
+                self.__exit__(type(error))
                 raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        _: TracebackType | None = None,
+    ) -> None:
+        self._recorder.close()
         self._open.clear()
+        again = kind is not None and issubclass(kind, FastmergeError) and not issubclass(kind, OutputError)
+        keep = self._journal.whole and not self._committed and not again
         try:
             with suppress(OSError):
-                _clear(self._out)
-                os.unlink(self._out / _LOCK)
+                if not keep:
+                    clear(self._out)
+                elif kind is not None and issubclass(kind, OSError):
+                    self._remove_partial()
+                os.unlink(self._out / LOCK)
         finally:
             os.close(self._lock)
         if self._made:
             with suppress(OSError):  # it holds an output
                 self._out.rmdir()
+
+    @property
+    def claimed(self) -> frozenset[str]:
+        """The tensors that an earlier run says it has written."""
+        return frozenset(self._journal.whole)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The xxh3_128 of each tensor's bytes, once all are recorded and the writer has been told so by `settle`."""
+        return {name: whole.hash for name, whole in self._journal.whole.items()}
+
+    def still_whole(self, name: str) -> Whole | None:
+        """What is known of a claimed tensor, where its bytes are those that were written."""
+        whole = self._journal.whole[name]
+        (now,) = self._hashes([name])
+        if now == whole.hash:
+            return whole
+        del self._journal.whole[name]
+        return None
+
+    def record(self, name: str, overflow: int, worked: Mapping[str, Collection[str]]) -> None:
+        """Notes in the journal, soon, that a tensor is complete and right: how many elements became infinite, and the
+        ops that each provider has run by now."""
+        if self._plan is not None:
+            _, begin, end = self._places[name]
+            self._recorder.add(name, overflow, worked, end - begin)
+
+    def settle(self) -> None:
+        """Waits until all that was recorded is in the journal."""
+        self._recorder.settle()
 
     def target(self, name: str) -> tuple[Descriptor, int]:
         """Where a tensor's bytes go: a file, open as long as the descriptor is referenced, and an absolute offset."""
@@ -162,36 +179,68 @@ class Writer:
         if self._layout.weight_index is not None:
             files[INDEX] = json.dumps(self._layout.weight_index, indent=2).encode() + b"\n"
         with _named(self._out):
+            self._recorder.settle()
             self._open.clear()
             for name, data in files.items():
-                self._write(self._temporary(name), data)
-            _sync_all([self._temporary(name) for name in (*(shard.name for shard in self._layout.shards), *files)])
+                self._write(self._hidden(name), data)
+            _sync_all([self._hidden(name) for name in (*(shard.name for shard in self._layout.shards), *files)])
             if self._overwrite:
                 self._remove_stale()
             last = SINGLE if self._layout.weight_index is None else INDEX
             names = [name for name in (*(shard.name for shard in self._layout.shards), *files) if name != last]
             names.sort(key=lambda name: name == CONFIG)  # loaders that take any *.safetensors still want a config
-            self._write(self._temporary(_COMMIT), "\n".join([*names, last]).encode())
-            _sync(self._temporary(_COMMIT))
-            os.rename(self._temporary(_COMMIT), self._out / _COMMIT)
+            self._write(self._hidden(COMMIT), "\n".join([*names, last]).encode())
+            _sync(self._hidden(COMMIT))
+            os.rename(self._hidden(COMMIT), self._out / COMMIT)
             _sync(self._out)
             for name in names:
-                os.rename(self._temporary(name), self._out / name)
+                os.rename(self._hidden(name), self._out / name)
             _sync(self._out)
-            os.rename(self._temporary(last), self._out / last)
+            os.rename(self._hidden(last), self._out / last)
+            self._committed = True
             _sync(self._out)
-            os.unlink(self._out / _COMMIT)
+            os.unlink(self._out / COMMIT)
 
     def _file(self, shard: str) -> Descriptor:
         with self._opening:
             file = self._open.get(shard)
             if file is None:
                 with _named(self._out):
-                    file = Descriptor(os.open(self._temporary(shard), os.O_RDWR | os.O_CLOEXEC))
+                    file = Descriptor(os.open(self._hidden(shard), os.O_RDWR | os.O_CLOEXEC))
                 self._open[shard] = file
                 if len(self._open) > _KEPT_FILES:
                     self._open.pop(next(iter(self._open)))
             return file
+
+    def _hashes(self, names: Sequence[str]) -> list[str]:
+        """The xxh3_128 of the bytes of tensors."""
+        hashes = []
+        for shard, places in groupby([self._places[name] for name in names], key=itemgetter(0)):
+            with open(self._hidden(shard), "rb", buffering=0) as file:
+                hashes += [hash_of(file, begin, end) for _, begin, end in places]
+        return hashes
+
+    def _goes_on(self) -> bool:
+        """Whether what an earlier run left is taken up; OutputError where it is of something else."""
+        was, now = self._journal.plan, self._plan
+        parts = any(name.startswith(LEFTOVER) and name.endswith(".part") for name in os.listdir(self._out))
+        if self._restart or not self._journal.whole or not parts or (was != now and finished(self._out)):
+            return False
+        if was is None or now is None:
+            raise OutputError(f"{self._out} holds an unfinished merge: choose another folder, or delete it")
+        if other := " and ".join(_differing(was, now)):
+            raise OutputError(
+                f"{self._out} holds an unfinished merge with another {other}: run that again to go on with it, pass "
+                "--restart to begin anew, or choose another folder"
+            )
+        take_back(self._out, [shard.name for shard in self._layout.shards])
+        return True
+
+    def _remove_partial(self) -> None:
+        """Frees the space of the files that are not whole."""
+        missing = {shard for name, (shard, _, _) in self._places.items() if name not in self._journal.whole}
+        for shard in missing:
+            self._hidden(shard).unlink(missing_ok=True)
 
     def _refuse_occupied(self) -> None:
         there = [name for name in sorted(os.listdir(self._out)) if not name.startswith(LEFTOVER)]
@@ -201,7 +250,7 @@ class Writer:
 
     def _refuse_small(self) -> None:
         """The new files must fit beside what is there: an earlier output goes only once they are complete."""
-        needed = sum(shard.size for shard in self._layout.shards)
+        needed = sum(shard.size - self._allocated(shard) for shard in self._layout.shards)
         disk = os.statvfs(self._out)
         free = disk.f_bavail * disk.f_frsize
         if disk.f_blocks and needed > free:
@@ -210,17 +259,36 @@ class Writer:
             )
 
     def _create(self, shard: Shard) -> None:
-        """A shard at its full size with its header; allocated at once, so that a disk that fills up shows now."""
-        with _new(self._temporary(shard.name)) as descriptor:
+        """A shard at its full size with its header; allocated at once, so that a disk that fills up shows now. That of
+        an earlier run stays where it is that already."""
+        if self._stays(shard):
+            return
+        self._hidden(shard.name).unlink(missing_ok=True)
+        for name in shard.offsets:
+            self._journal.whole.pop(name, None)
+        with _new(self._hidden(shard.name)) as descriptor:
             _allocate(descriptor, shard.size)
             _write_all(descriptor, shard.header)
+
+    def _stays(self, shard: Shard) -> bool:
+        path = self._hidden(shard.name)
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.size:
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(shard.header)) == shard.header
+
+    def _allocated(self, shard: Shard) -> int:
+        try:
+            return min(os.lstat(self._hidden(shard.name)).st_blocks * 512, shard.size)
+        except FileNotFoundError:
+            return 0
 
     def _write(self, path: Path, data: bytes) -> None:
         with _new(path) as descriptor:
             _write_all(descriptor, data)
 
-    def _temporary(self, name: str) -> Path:
-        return self._out / _temporary(name)
+    def _hidden(self, name: str) -> Path:
+        return self._out / temporary(name)
 
     def _remove_stale(self) -> None:
         """An earlier output's files, those first that loaders begin with."""
@@ -237,80 +305,17 @@ class Descriptor(int):
         close(self)
 
 
-def _shard(name: str, group: Sequence[tuple[str, str, tuple[int, ...]]]) -> Shard:
-    header, offsets = encode_header(sorted(group, key=lambda output: -DTYPE_BITS[output[1]]), {"format": "pt"})
-    return Shard(name, header, offsets, len(header) + sum(map(_nbytes, group)))
-
-
-def _nbytes(output: tuple[str, str, tuple[int, ...]]) -> int:
-    return math.prod(output[2]) * DTYPE_BITS[output[1]] // 8
-
-
-def _refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
-    """The output is neither an input's folder, nor inside one, nor where an input's files really lie."""
-    real = _real(out)
-    here = [_identity(folder) for folder in (real, *real.parents)]
-    for path in inputs:
-        resolved = _real(path)
-        if resolved.is_dir():
-            if _identity(resolved) in here:
-                where = "is" if _identity(resolved) == here[0] else "is inside"
-                raise OutputError(f"the output folder {out} {where} the input {path}; choose another folder")
-            files = [_real(entry) for entry in resolved.glob("*.safetensors")]
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between two plans, with the names inside it."""
+    for name, value in now.items():
+        before = was.get(name)
+        if before == value:
+            continue
+        if isinstance(before, dict) and isinstance(value, Mapping):
+            inside = [key for key in {**before, **value} if before.get(key) != value.get(key)]
+            yield f"{name} ({', '.join(inside[:5])})"
         else:
-            files = [resolved, path.absolute()]
-        if any(_identity(file.parent) == here[0] is not None for file in files):
-            raise OutputError(f"the output folder {out} holds files of the input {path}; choose another folder")
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises on a loop of links
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
-        status = folder.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _lock(out: Path) -> int:
-    """Takes the folder for this process until the returned descriptor is closed."""
-    while True:
-        descriptor = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(out / _LOCK)):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OutputError(f"another fastmerge is writing to {out}: wait for it, or choose another folder") from None
-        except FileNotFoundError:
-            pass  # its holder finished and removed it between the two lines above
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _clear(out: Path) -> None:
-    """Removes what an unfinished run left; an output whose last file has its name is finished, and stays."""
-    with suppress(FileNotFoundError):
-        names = [os.path.basename(name) for name in os.fsdecode((out / _COMMIT).read_bytes()).split("\n")]
-        if os.path.lexists(out / _temporary(names[-1])):
-            for name in filter(None, names):
-                (out / name).unlink(missing_ok=True)
-    leftovers = [name for name in os.listdir(out) if name.startswith(LEFTOVER) and name != _LOCK]
-    for name in sorted(leftovers, key=lambda name: name == _COMMIT):
-        if name == STAGES and not os.path.islink(out / name):
-            shutil.rmtree(out / name)
-        else:
-            os.unlink(out / name)
-
-
-def _temporary(name: str) -> str:
-    return f"{LEFTOVER}{name}.part"  # no loader looks for such a suffix
+            yield name
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -23,7 +23,7 @@ from ..keywords import Keyword, document
 from ..layers import Row
 from ..marked import meant
 from ..measures import swept
-from ..methods import METHODS, Measured, Method, Settings
+from ..methods import METHODS, Measured, Method, Settings, find
 from ..planner import Job, Source
 from ..settings import Resolver
 from ..sources.adapter import CONFIG, Adapter, Update, open_adapter
@@ -179,9 +179,7 @@ def combine(
 
 
 def _way(name: str, rank: int | None, base: Name | None) -> _Way:
-    if name not in WAYS:
-        raise RecipeError(f"unknown method {name!r}{meant(name, WAYS)}")
-    way = WAYS[name]
+    way = WAYS.get(name) or _added(name)
     if way.apart and base is not None:
         raise RecipeError(f"{name} makes an adapter and no model: leave out the base, and fuse what comes out")
     if rank is not None and rank < 1:
@@ -190,6 +188,14 @@ def _way(name: str, rank: int | None, base: Name | None) -> _Way:
         why = "a model has no rank" if base is not None else f"with {name} the ranks are those of the adapters"
         raise RecipeError(f"rank is {rank}, but {why}: leave it out")
     return way
+
+
+def _added(name: str) -> _Way:
+    """A method of another package."""
+    found = find(name)
+    if isinstance(found, Method) and found.base.apart:
+        return _Way(found, {})
+    raise RecipeError((isinstance(found, str) and found) or f"unknown method {name!r}{meant(name, WAYS)}")
 
 
 def _warn(method: str, way: _Way, adapters: Sequence[Adapter]) -> None:

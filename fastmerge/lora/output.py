@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import memory
+from .. import memory, system
 from ..checkpoint import CARD, DTYPE_BITS, SINGLE, Checkpoint, Layout, Writer, lay_out
 from ..sources.adapter import CONFIG, WEIGHTS
 from ..sources.lora import Adapted, widened
@@ -162,7 +162,7 @@ class NewAdapter:
                 model.check_unchanged()
             writer.commit({**files, CONFIG: said, CARD: card})
             os.rename(self._out / SINGLE, self._out / WEIGHTS)
-            _sync(self._out)
+            system.sync(self._out)
         return replace(report, seconds=time.perf_counter() - self._started)
 
     def _writer(self, layout: Layout) -> Writer:
@@ -283,11 +283,3 @@ def _json(config: Mapping[str, Any]) -> bytes:
 
 def _whole_number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

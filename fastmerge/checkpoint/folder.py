@@ -1,0 +1,119 @@
+"""The output folder as one process has it: whom it may not belong to, and what an unfinished run left in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from ..errors import OutputError
+
+#: Every file of an unfinished output begins so; the next run with the same folder goes on with them or removes them.
+LEFTOVER = ".fastmerge-"
+#: A folder inside the output for what is wanted only until the commit.
+STAGES = LEFTOVER + "stages"
+#: Which tensors are whole.
+JOURNAL = LEFTOVER + "journal"
+#: Held by the process that writes.
+LOCK = LEFTOVER + "lock"
+#: The names being renamed, one a line, the one that completes the output last.
+COMMIT = LEFTOVER + "commit"
+
+
+def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
+    """The output is neither an input's folder, nor inside one, nor where an input's files really lie."""
+    real = _real(out)
+    here = [_identity(folder) for folder in (real, *real.parents)]
+    for path in inputs:
+        resolved = _real(path)
+        if resolved.is_dir():
+            if _identity(resolved) in here:
+                where = "is" if _identity(resolved) == here[0] else "is inside"
+                raise OutputError(f"the output folder {out} {where} the input {path}; choose another folder")
+            files = [_real(entry) for entry in resolved.glob("*.safetensors")]
+        else:
+            files = [resolved, path.absolute()]
+        if any(_identity(file.parent) == here[0] is not None for file in files):
+            raise OutputError(f"the output folder {out} holds files of the input {path}; choose another folder")
+
+
+def lock(out: Path) -> int:
+    """Takes the folder for this process until the returned descriptor is closed."""
+    while True:
+        descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(out / LOCK)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputError(f"another fastmerge is writing to {out}: wait for it, or choose another folder") from None
+        except FileNotFoundError:
+            pass  # its holder finished and removed it between the two lines above
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def clear(out: Path) -> None:
+    """Removes what an unfinished run left; an output whose last file has its name is finished, and stays."""
+    if not finished(out):
+        for name in committing(out):
+            (out / name).unlink(missing_ok=True)
+    leftovers = [name for name in os.listdir(out) if name.startswith(LEFTOVER) and name != LOCK]
+    for name in sorted(leftovers, key=lambda name: name == COMMIT):
+        _remove(out / name)
+
+
+def take_back(out: Path, kept: Collection[str]) -> None:
+    """Hides again what an unfinished run has made visible, and removes what it hid but for the files of these names,
+    the journal and the stages."""
+    for name in reversed(committing(out)):  # the one that completes the output first
+        if os.path.lexists(out / name) and not os.path.lexists(out / temporary(name)):
+            os.rename(out / name, out / temporary(name))
+    keep = {LOCK, JOURNAL, STAGES, *map(temporary, kept)}
+    for name in os.listdir(out):
+        if name.startswith(LEFTOVER) and name not in keep:
+            _remove(out / name)
+
+
+def committing(out: Path) -> list[str]:
+    """The files that a commit was giving their names, the one that completes the output last."""
+    try:
+        names = os.fsdecode((out / COMMIT).read_bytes()).split("\n")
+    except FileNotFoundError:
+        return []
+    return [os.path.basename(name) for name in names if os.path.basename(name)]
+
+
+def finished(out: Path) -> bool:
+    """Whether a commit came so far that the output is complete, but for what it leaves behind."""
+    names = committing(out)
+    return bool(names) and not os.path.lexists(out / temporary(names[-1]))
+
+
+def _remove(path: Path) -> None:
+    if path.name == STAGES and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def temporary(name: str) -> str:
+    """The hidden name of a file until the commit."""
+    return f"{LEFTOVER}{name}.part"  # no loader looks for such a suffix
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises on a loop of links
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

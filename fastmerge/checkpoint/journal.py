@@ -1,0 +1,142 @@
+"""The journal of an unfinished output: what it is of, and which of its tensors are whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+_FORMAT = 1
+_TOGETHER_BYTES = 1 << 26  # of tensors that are noted together
+_TOGETHER = 512
+_PIECE = 1 << 20  # bytes read at a time
+
+
+class Whole(NamedTuple):
+    """A tensor whose bytes were all written: their xxh3_128 in hexadecimal, how many elements became infinite, and the
+    ops that each provider had run by then."""
+
+    hash: str
+    overflow: int
+    worked: Mapping[str, Sequence[str]]
+
+
+class Journal:
+    """A file that only grows: a line that says what the output is of, then a line for each tensor that is whole.
+
+    A line that was cut while it was written says nothing. That a line is there does not mean that the tensor's bytes
+    reached the disk, too, where the machine itself went down: hence the hashes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.plan: Mapping[str, Any] | None = None  # None: there is no journal, or it was cut in its first line
+        self.whole: dict[str, Whole] = {}
+        data = _read(path)
+        self._cut = not data.endswith(b"\n")
+        first, *lines = data.split(b"\n")
+        with suppress(ValueError, TypeError, KeyError):
+            said = json.loads(first)
+            self.plan = said["plan"] if said["journal"] == _FORMAT else None
+        for line in lines:
+            with suppress(ValueError, TypeError):
+                tensor, *rest = json.loads(line)
+                self.whole[tensor] = Whole(*rest)
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """A new journal, in which no tensor is whole."""
+        self.plan = plan
+        self._append([json.dumps({"journal": _FORMAT, "plan": plan})], os.O_EXCL)
+
+    def forget(self) -> None:
+        """The file is gone."""
+        self.plan, self.whole, self._cut = None, {}, False
+
+    def add(self, whole: Mapping[str, Whole]) -> None:
+        """Tensors whose bytes are written, together or not at all."""
+        self.whole |= whole
+        self._append(json.dumps([tensor, *line]) for tensor, line in whole.items())
+
+    def _append(self, lines: Iterable[str], flags: int = 0) -> None:
+        data = memoryview(("\n" * self._cut + "".join(f"{line}\n" for line in lines)).encode())
+        self._cut = False
+        flags |= os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self._path, flags, 0o666)
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        finally:
+            os.close(descriptor)
+
+
+class Recorder:
+    """Notes tensors in a journal as they become whole, on a thread of its own that reads them back to hash them."""
+
+    def __init__(self, journal: Journal, hashes: Callable[[Sequence[str]], list[str]]) -> None:
+        self._journal = journal
+        self._hashes = hashes
+        self._thread = ThreadPoolExecutor(1, "fastmerge-journal")
+        self._noted: list[Future[None]] = []
+        self._overflow: dict[str, int] = {}  # of the tensors that are noted next
+        self._worked: Mapping[str, Collection[str]] = {}
+        self._nbytes = 0
+
+    def add(self, tensor: str, overflow: int, worked: Mapping[str, Collection[str]], nbytes: int) -> None:
+        self._overflow[tensor] = overflow
+        self._worked = worked
+        self._nbytes += nbytes
+        if self._nbytes >= _TOGETHER_BYTES or len(self._overflow) >= _TOGETHER:
+            self._begin()
+
+    def settle(self) -> None:
+        """Waits until all is noted; raises the OSError of what could not be."""
+        self._begin()
+        for note in self._noted:
+            note.result()
+
+    def close(self) -> None:
+        """Notes what can be."""
+        with suppress(OSError):
+            self.settle()
+        self._thread.shutdown()
+
+    def _begin(self) -> None:
+        if self._overflow:
+            worked = {name: sorted(ops) for name, ops in self._worked.items()}
+            self._noted.append(self._thread.submit(self._note, self._overflow, worked))
+            self._overflow, self._nbytes = {}, 0
+
+    def _note(self, overflow: Mapping[str, int], worked: Mapping[str, Sequence[str]]) -> None:
+        hashes = self._hashes(list(overflow))
+        whole = [Whole(now, count, worked) for now, count in zip(hashes, overflow.values(), strict=True)]
+        self._journal.add(dict(zip(overflow, whole, strict=True)))
+
+
+def hash_of(file: FileIO, begin: int, end: int) -> str:
+    """The xxh3_128 of a part of an open file."""
+    buffer = memoryview(bytearray(min(end - begin, _PIECE)))
+    state = xxhash.xxh3_128()
+    file.seek(begin)
+    while begin < end:
+        count = file.readinto(buffer[: end - begin])
+        if not count:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), file.name)
+        state.update(buffer[:count])
+        begin += count
+    return state.hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            return file.read()
+    return b""
