@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -233,6 +233,7 @@ def _finite(value: float) -> float | None:
 # --- a tensor ---
 
 _TILE = 1 << 18  # elements, whose bytes stay in the cache
+_SMALL = 1 << 14  # elements that are widened: larger arrays are new pages each time, and take 10 times as long
 _ONE = Sweep((Part(),))
 #: Dtypes whose elements are compared as numbers, and how numpy has them; BF16 as the upper half of float32.
 _NUMPY: dict[str, Any] = {
@@ -269,6 +270,10 @@ class _Tile(NamedTuple):
 
     raw: NDArray[np.uint8]
     dtype: str
+
+    def part(self, begin: int, end: int) -> _Tile:
+        size = DTYPE_BITS[self.dtype] // 8
+        return _Tile(self.raw[begin * size : end * size], self.dtype)
 
     @property
     def values(self) -> NDArray[Any]:
@@ -314,11 +319,9 @@ def _read(model: Checkpoint, name: str, begin: int, end: int) -> _Tile:
 def _part(tiles: Sequence[_Tile], elements: int) -> _Sums:
     one, two, *_ = tiles
     if one.dtype == two.dtype:
-        differing = np.count_nonzero(one.bits != two.bits)
+        sums = _Sums(elements, int(np.count_nonzero(one.bits != two.bits)))
     else:
-        a, b = one.values, two.values
-        differing = np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))
-    sums = _Sums(elements, int(differing))
+        sums = _Sums(elements, sum(_differing(*each) for each in _widened((one, two), elements)))
     if one.dtype in _NUMPY:
         core = _core()
         if core is not None and all(tile.dtype in _LARGE and not tile.large for tile in tiles):
@@ -326,6 +329,16 @@ def _part(tiles: Sequence[_Tile], elements: int) -> _Sums:
         else:
             _by_numpy(tiles, sums)
     return sums
+
+
+def _widened(tiles: Sequence[_Tile], elements: int) -> Iterator[list[NDArray[Any]]]:
+    """The values of tiles, some at a time."""
+    for begin in range(0, elements, _SMALL):
+        yield [tile.part(begin, begin + _SMALL).values for tile in tiles]
+
+
+def _differing(a: NDArray[Any], b: NDArray[Any]) -> int:
+    return int(np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b))))
 
 
 @cache
@@ -342,7 +355,8 @@ def _by_ops(core: backends.Provider, tiles: Sequence[_Tile], sums: _Sums) -> Non
     sums.squares = l2 * l2
     if base:
         (sums.deltas,) = core.gram([Inputs(sums.elements, (a, b), base[0])], run)
-        _vote([tile.values for tile in tiles], sums)
+        for values in _widened(tiles, sums.elements):
+            _vote(values, sums)
 
 
 def _by_numpy(tiles: Sequence[_Tile], sums: _Sums) -> None:
@@ -367,5 +381,5 @@ def _gram(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]
 def _vote(values: Sequence[NDArray[Any]], sums: _Sums) -> None:
     a, b, base = values
     a_up, b_up, a_down, b_down = a > base, b > base, a < base, b < base
-    sums.agreeing = int(np.count_nonzero(a_up & b_up) + np.count_nonzero(a_down & b_down))
-    sums.opposed = int(np.count_nonzero(a_up & b_down) + np.count_nonzero(a_down & b_up))
+    sums.agreeing += int(np.count_nonzero(a_up & b_up) + np.count_nonzero(a_down & b_down))
+    sums.opposed += int(np.count_nonzero(a_up & b_down) + np.count_nonzero(a_down & b_up))

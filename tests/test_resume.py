@@ -60,7 +60,6 @@ _CALLS = [
     *(("rename", n) for n in (1, 2, 6)),
     ("unlink", 1),
     ("fallocate", 1),
-    ("read", 5),
 ]
 
 

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,8 +326,8 @@ def test_a_folder_below_a_file(out: Path) -> None:
 
 
 def test_a_disk_without_room(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = namedtuple("disk", "f_bavail f_frsize f_blocks")(1, 100, 10)
-    monkeypatch.setattr(os, "statvfs", lambda _: disk)
+    disk = namedtuple("disk", "total used free")(1000, 900, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
     needed = sum(shard.size for shard in lay_out(OUTPUTS, 16).shards)
     refused(f"needs {needed} bytes and its disk has 100 left: free some, or write elsewhere", out)
 

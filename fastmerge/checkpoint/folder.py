@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from .. import system
 from ..errors import OutputError
 
 #: Every file of an unfinished output begins so; the next run with the same folder goes on with them or removes them.
@@ -42,9 +42,9 @@ def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
 def lock(out: Path) -> int:
     """Takes the folder for this process until the returned descriptor is closed."""
     while True:
-        descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | system.FLAGS | system.NO_LINK, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(descriptor)
             if os.path.samestat(os.fstat(descriptor), os.stat(out / LOCK)):
                 return descriptor
         except BlockingIOError:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
+from .. import system
+
 _FORMAT = 1
 _TOGETHER_BYTES = 1 << 26  # of tensors that are noted together
 _TOGETHER = 512
-_PIECE = 1 << 20  # bytes read at a time
 
 
 class Whole(NamedTuple):
@@ -68,7 +69,7 @@ class Journal:
     def _append(self, lines: Iterable[str], flags: int = 0) -> None:
         data = memoryview(("\n" * self._cut + "".join(f"{line}\n" for line in lines)).encode())
         self._cut = False
-        flags |= os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags |= os.O_WRONLY | os.O_CREAT | os.O_APPEND | system.FLAGS | system.NO_LINK
         descriptor = os.open(self._path, flags, 0o666)
         try:
             while data:
@@ -120,23 +121,31 @@ class Recorder:
         self._journal.add(dict(zip(overflow, whole, strict=True)))
 
 
-def hash_of(file: FileIO, begin: int, end: int) -> str:
-    """The xxh3_128 of a part of an open file."""
-    buffer = memoryview(bytearray(min(end - begin, _PIECE)))
-    state = xxhash.xxh3_128()
-    file.seek(begin)
-    while begin < end:
-        count = file.readinto(buffer[: end - begin])
-        if not count:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), file.name)
-        state.update(buffer[:count])
-        begin += count
-    return state.hexdigest()
+def hashes_of(path: Path, places: Sequence[tuple[int, int]]) -> list[str]:
+    """The xxh3_128 of parts of a file in ascending order, each by its begin and end; OSError where it is shorter.
+
+    Through a mapping, which is twice as fast as to copy: the file is one that this process alone writes.
+    """
+    (start, _), (_, end) = places[0], places[-1]
+    start -= start % mmap.ALLOCATIONGRANULARITY
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < end:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        if end == start:
+            return [xxhash.xxh3_128_hexdigest(b"")] * len(places)
+        mapped = mmap.mmap(file.fileno(), end - start, access=mmap.ACCESS_READ, offset=start)
+        with mapped, memoryview(mapped) as view:
+            return [_hash(view, begin - start, end - start) for begin, end in places]
+
+
+def _hash(view: memoryview, begin: int, end: int) -> str:
+    with view[begin:end] as part:
+        return xxhash.xxh3_128_hexdigest(part)
 
 
 def _read(path: Path) -> bytes:
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | system.FLAGS | system.NO_LINK | system.NO_WAIT)
         with open(descriptor, "rb") as file:
             return file.read()
     return b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .. import system
 from ..errors import FastmergeError, OutputError
 from .folder import COMMIT, JOURNAL, LEFTOVER, LOCK, clear, finished, lock, refuse_inputs, take_back, temporary
-from .journal import Journal, Recorder, Whole, hash_of
+from .journal import Journal, Recorder, Whole, hashes_of
 from .layout import Layout, Shard
 from .reader import INDEX, SINGLE
 from .sidecars import CONFIG, is_sidecar
@@ -148,8 +150,12 @@ class Writer:
             self._recorder.add(name, overflow, worked, end - begin)
 
     def settle(self) -> None:
-        """Waits until all that was recorded is in the journal."""
-        self._recorder.settle()
+        """Waits until all that was recorded is in the journal, and the weights are on the disk."""
+        shards = [self._hidden(shard.name) for shard in self._layout.shards]
+        with _named(self._out), ThreadPoolExecutor(1) as pool:
+            synced = pool.submit(_sync_all, shards)
+            self._recorder.settle()
+            synced.result()
 
     def target(self, name: str) -> tuple[Descriptor, int]:
         """Where a tensor's bytes go: a file, open as long as the descriptor is referenced, and an absolute offset."""
@@ -190,15 +196,15 @@ class Writer:
             names = [name for name in (*(shard.name for shard in self._layout.shards), *files) if name != last]
             names.sort(key=lambda name: name == CONFIG)  # loaders that take any *.safetensors still want a config
             self._write(self._hidden(COMMIT), "\n".join([*names, last]).encode())
-            _sync(self._hidden(COMMIT))
+            system.sync(self._hidden(COMMIT))
             os.rename(self._hidden(COMMIT), self._out / COMMIT)
-            _sync(self._out)
+            system.sync(self._out)
             for name in names:
                 os.rename(self._hidden(name), self._out / name)
-            _sync(self._out)
+            system.sync(self._out)
             os.rename(self._hidden(last), self._out / last)
             self._committed = True
-            _sync(self._out)
+            system.sync(self._out)
             os.unlink(self._out / COMMIT)
 
     def _file(self, shard: str) -> Descriptor:
@@ -206,7 +212,7 @@ class Writer:
             file = self._open.get(shard)
             if file is None:
                 with _named(self._out):
-                    file = Descriptor(os.open(self._hidden(shard), os.O_RDWR | os.O_CLOEXEC))
+                    file = Descriptor(os.open(self._hidden(shard), os.O_RDWR | system.FLAGS))
                 self._open[shard] = file
                 if len(self._open) > _KEPT_FILES:
                     self._open.pop(next(iter(self._open)))
@@ -214,11 +220,13 @@ class Writer:
 
     def _hashes(self, names: Sequence[str]) -> list[str]:
         """The xxh3_128 of the bytes of tensors."""
-        hashes = []
-        for shard, places in groupby([self._places[name] for name in names], key=itemgetter(0)):
-            with open(self._hidden(shard), "rb", buffering=0) as file:
-                hashes += [hash_of(file, begin, end) for _, begin, end in places]
-        return hashes
+        hashes: dict[str, str] = {}
+        places = sorted([(*self._places[name], name) for name in names])
+        for shard, group in groupby(places, key=itemgetter(0)):
+            _, begins, ends, mine = zip(*group, strict=True)
+            found = hashes_of(self._hidden(shard), list(zip(begins, ends, strict=True)))
+            hashes |= zip(mine, found, strict=True)
+        return [hashes[name] for name in names]
 
     def _goes_on(self) -> bool:
         """Whether what an earlier run left is taken up; OutputError where it is of something else."""
@@ -251,11 +259,10 @@ class Writer:
     def _refuse_small(self) -> None:
         """The new files must fit beside what is there: an earlier output goes only once they are complete."""
         needed = sum(shard.size - self._allocated(shard) for shard in self._layout.shards)
-        disk = os.statvfs(self._out)
-        free = disk.f_bavail * disk.f_frsize
-        if disk.f_blocks and needed > free:
+        disk = shutil.disk_usage(self._out)
+        if disk.total and needed > disk.free:
             raise OutputError(
-                f"{self._out} needs {needed:,} bytes and its disk has {free:,} left: free some, or write elsewhere"
+                f"{self._out} needs {needed:,} bytes and its disk has {disk.free:,} left: free some, or write elsewhere"
             )
 
     def _create(self, shard: Shard) -> None:
@@ -267,7 +274,7 @@ class Writer:
         for name in shard.offsets:
             self._journal.whole.pop(name, None)
         with _new(self._hidden(shard.name)) as descriptor:
-            _allocate(descriptor, shard.size)
+            system.allocate(descriptor, shard.size)
             _write_all(descriptor, shard.header)
 
     def _stays(self, shard: Shard) -> bool:
@@ -295,7 +302,7 @@ class Writer:
         names = [name for name in os.listdir(self._out) if is_sidecar(name) or _matches(name, _STALE)]
         for name in sorted(names, key=lambda name: (name != CONFIG, not name.endswith(".index.json"), name)):
             os.unlink(self._out / name)
-        _sync(self._out)
+        system.sync(self._out)
 
 
 class Descriptor(int):
@@ -324,20 +331,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 @contextmanager
 def _new(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | system.FLAGS, 0o666)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(descriptor, size)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -349,15 +347,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def _sync_all(paths: Sequence[Path]) -> None:
     """All at once: a file system puts what is asked for meanwhile on disk together."""
     with ThreadPoolExecutor() as pool:
-        list(pool.map(_sync, paths))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        list(pool.map(system.sync, paths))
 
 
 @contextmanager
