@@ -13,13 +13,13 @@ CORE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc bench tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 PYTHONS := fastmerge kernels tests bench docs
 
-.PHONY: demo test lint format docs wheel smoke neon bench gpu-test gpu-bench clean
+.PHONY: demo test lint format docs wheel smoke neon soak bench gpu-test gpu-bench clean
 
 demo: .venv/built
 	$(BIN)/fastmerge demo
 
 test: .venv/built .venv/tests .venv-mergekit/built
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: .venv/tests .venv/linters
 	$(BIN)/ruff check $(PYTHONS)
@@ -50,6 +50,11 @@ smoke: wheel
 	$(ALONE) python -m pip install --quiet --disable-pip-version-check --only-binary=:all: dist/*.whl
 	$(ALONE) python -I tests/smoke.py
 	$(ALONE) fastmerge demo
+
+# Merges that are killed, go on and are compared to the last byte, until so many were.
+KILLS ?= 250
+soak: .venv/tests
+	$(BIN)/python tests/soak.py --kills $(KILLS)
 
 # The kernels of NEON, cross-compiled and under an emulator; a part of make test.
 neon: .venv/tests

@@ -63,10 +63,15 @@ def read(text: str) -> Card:
 
 
 def _models(text: str) -> tuple[str, ...]:
-    section = re.search(r"\n## Models\n\n(.*?)\n\n## Recipe\n", text, re.DOTALL)
-    return tuple(re.findall(r"^- `.*(?:\n  - `.*)*", section[1], re.MULTILINE)) if section else ()
+    """The entries of a list of models that hold nothing but what a card says of them."""
+    section, _, _ = text.partition("\n## Models\n\n")[2].partition("\n\n## Recipe\n")
+    entries = re.findall(r"^- `.*(?:\n  - `.*)*", section, re.MULTILINE)
+    return tuple(entry for entry in entries if _ENTRY.fullmatch(_CODE.sub("", entry)))
 
 
+_CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)")
+#: Without its code.
+_ENTRY = re.compile(r"- (?: \(base\))?(?:, commit (?: of )?)*(?:\n  - , [\d,]+ bytes(?:, sha256 )?)*")
 _LONGEST = 100_000  # bytes of a README.md that are read
 _TERMS = ("license", "license_name", "license_link")
 
@@ -113,7 +118,7 @@ def card(
             "- fastmerge",
             "- merge",
             "---",
-            f"# {' '.join(title.split())}",
+            f"# {heading(title)}",
             "",
             f"Merged with fastmerge {version} by `{method}`{cited}.",
             "",
@@ -143,7 +148,7 @@ class _Place(NamedTuple):
 
 def _places(files: Iterable[Path]) -> Iterator[_Place]:
     for folder in dict.fromkeys(file.parent for file in files):
-        at = re.search(r"/models--([^/]+)/snapshots/([^/]+)$", folder.absolute().as_posix())
+        at = re.search(r"/models--([\w.-]+)/snapshots/([\w.-]+)$", folder.absolute().as_posix(), re.ASCII)
         yield _Place(folder, at[1].replace("--", "/") if at else "", at[2] if at else "")
 
 
@@ -181,11 +186,11 @@ def _listed(model: Input) -> str:
     commits = [place for place in _places(model.files) if place.id]
     alone = len(commits) == 1 and commits[0].id == model.name.partition("@")[0]
     known = [f"commit `{place.commit}`" + ("" if alone else f" of `{place.id}`") for place in commits]
-    lines = [", ".join([f"- `{model.name}`{' (base)' if model.is_base else ''}", *known])]
+    lines = [", ".join([f"- {code(model.name)}{' (base)' if model.is_base else ''}", *known])]
     for file in model.files:
         blob = os.path.basename(os.path.realpath(file))
         digest = f", sha256 `{blob}`" if re.fullmatch(r"[0-9a-f]{64}", blob) else ""
-        lines.append(f"  - `{file.name}`, {os.path.getsize(file):,} bytes{digest}")
+        lines.append(f"  - {code(file.name)}, {os.path.getsize(file):,} bytes{digest}")
     return "\n".join(lines)
 
 
@@ -194,6 +199,18 @@ def _moving(inputs: Iterable[Input], recipe_text: str) -> list[str]:
     pinned = [f"`{place.id}@{place.commit}`" for each in inputs for place in _places(each.files) if place.id]
     loose = list(dict.fromkeys(name for name in pinned if name.strip("`") not in recipe_text))
     return ["", f"Where a model has changed since, write it there as {' and '.join(loose)}."] if loose else []
+
+
+def code(text: str) -> str:
+    """A text as it is, in a line of Markdown, whatever it holds; what is not printable as an escape."""
+    shown = marked.printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence} {shown} {fence}" if len(fence) > 1 else f"`{shown}`"
+
+
+def heading(text: str) -> str:
+    """The same as a title, in which nothing is markup."""
+    return re.sub(r"([\\`*<>&\[\]])", r"\\\1", marked.printable(" ".join(text.split())))
 
 
 def _fenced(language: str, text: str) -> list[str]:

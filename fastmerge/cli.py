@@ -22,6 +22,7 @@ from .flags import FLAGS, Fate, Takes
 if TYPE_CHECKING:
     from .comparing import Comparison, Difference
     from .engine import Progress, Report
+    from .health import Health, Layers
     from .lora import AdapterReport
     from .planner import Job, Plan
     from .recipe import Recipe
@@ -197,6 +198,7 @@ def main() -> None:
 @_restart
 @_hash
 @_nonfinite
+@click.option("--health", is_flag=True, help="Show the figures of the deltas, by model and by layer.")
 @_mergekits(shown=False)
 def merge(recipe: Path, out: Path, **options: Any) -> None:
     """Merge the models of RECIPE (mergekit's YAML) into the new folder OUT.
@@ -522,7 +524,9 @@ def _show_comparison(found: Comparison, every: bool) -> None:
             dtypes = ", ".join(dict.fromkeys(each.dtypes))
             row = [figure for _, figure in _figures(each, found)]
             table.add_row(Text(_printable(each.name)), dtypes, *row)
-        Console().print(table)
+        console = Console()
+        console.width = max(console.width, 120) if console.is_terminal else 160
+        console.print(table)
     for kind, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         if names:
             more = f" and {len(names) - _SHOWN:,} more" if most and len(names) > _SHOWN else ""
@@ -586,6 +590,7 @@ def _merge(
             for fault in before(Recipe.load(recipe, every=between is not None)):
                 warnings.warn(fault, FastmergeWarning, stacklevel=2)
         options.pop("quiet", None)
+        figures = options.pop("health", False)
         from .engine import merge as run
 
         for one, place in _steps(recipe, out, between, lazy, quiet):
@@ -593,6 +598,10 @@ def _merge(
                 report = run(one, place, progress=progress, **options)
             if not quiet:
                 click.echo(_closing(report))
+                if figures:
+                    _show_health(report.health)
+                elif found := len(report.health.warnings):
+                    click.echo(f"health: {found} of its figures beyond their thresholds; all are in fastmerge.json")
 
 
 def _steps(
@@ -694,8 +703,9 @@ def _mistakes(quiet: bool = False, further: str = "") -> Iterator[None]:
 
 
 def _printable(text: str) -> str:
-    """Names come from files: what would steer a terminal is shown as an escape."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Names come from files: what would steer a terminal, or begin a line that is not of a list, is an escape."""
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return re.sub(r"\n(?!  )", r"\\n", shown)
 
 
 @contextmanager
@@ -723,6 +733,43 @@ def _closing(report: Report) -> str:
         f"({report.gigabytes_per_second:.1f} GB/s; "
         f"{_who(report)}, {report.threads} threads{peak})"
     ) + (f"; {_printable(report.choice)}" if report.gpu_considered else "")
+
+
+def _show_health(found: Health) -> None:
+    """A column for each model: its figures, then the norm of its deltas in each layer."""
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from .health import DARE_RANGE
+
+    names = [Text(_printable(each.name)) for each in found.models]
+    table = Table(Column("", no_wrap=True), *[Column(name, justify="right", overflow="fold") for name in names])
+    counts = [sum(each.nonfinite.values()) for each in found.models]
+    table.add_row("NaN or Inf", *[f"{count:,}" for count in counts])
+    table.add_row("denormal", *[f"{each.denormal:.2%}" for each in found.models])
+    deltas = [each.deltas for each in found.models]
+    for kind, name in (("zero", "zero"), ("denormal", "denormal"), (f"larger than {DARE_RANGE:g}", "beyond")):
+        table.add_row(f"deltas {kind}", *[f"{getattr(each, name):.2%}" if each else "-" for each in deltas])
+    for kind, name in (("mean size", "mean"), ("rms", "rms"), ("norm", "norm"), ("norm over base's", "relative")):
+        values = [getattr(each, name, None) for each in deltas]
+        table.add_row(kind, *["-" if value is None else f"{value:.3g}" for value in values])
+    table.add_section()
+    for stack in dict.fromkeys(each.stack for each in found.layers):
+        held = {each.model: each for each in found.layers if each.stack == stack}
+        norms = {name: dict(zip(each.numbers, each.norms, strict=True)) for name, each in held.items()}
+        for layer in sorted(set().union(*norms.values())):
+            row = [_of_layer(held.get(each.name), norms.get(each.name, {}).get(layer), layer) for each in found.models]
+            table.add_row(Text(_printable(f"{stack}.{layer}" if stack else f"layer {layer}")), *row)
+    Console().print(table)
+    skipped = f"; {found.skipped:,} are copied, gathered or computed" if found.skipped else ""
+    share = found.sampled / max(1, found.elements)
+    part = f"{share:.2g} of the elements, {found.looked:,} of {found.tensors:,} tensors"
+    click.echo(f"shares and sizes are from {part}{skipped}; fastmerge diff has exact ones")
+
+
+def _of_layer(held: Layers | None, norm: float | None, layer: int) -> str:
+    return "-" if held is None or norm is None else f"{norm:.3g}{' stands out' if layer in held.outliers else ''}"
 
 
 def _who(report: Report) -> str:
@@ -756,7 +803,7 @@ def _show_plan(made: Plan) -> None:
         Console().print(table)
     for variant in made.variants:
         if variant.name:
-            click.echo(f"  output {variant.name}: {_size(made.stages[-1].bytes_written)}")
+            click.echo(f"  output {_printable(variant.name)}: {_size(made.stages[-1].bytes_written)}")
     click.echo(f"reads {_size(made.bytes_read)}, writes {_size(made.bytes_written)}")
 
 

@@ -118,7 +118,7 @@ def _write(folder: Path, number: int) -> None:
         for shape in _shapes().values():
             weights = base.standard_normal(shape, np.float32) * 0.02 if len(shape) > 1 else np.ones(shape, np.float32)
             if number:
-                weights = weights + delta.standard_normal(shape, np.float32) * 0.002
+                weights = weights + delta.standard_normal(shape, np.float32) * 0.0019
             file.write(_bf16(weights).tobytes())
     (folder / "config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n")
 

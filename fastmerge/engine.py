@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from .batches import BATCH_BYTES, Reader, in_batches, share_out
 from .checkpoint import DTYPE_BITS, STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
 from .choice import Choice
 from .errors import BackendError, CheckpointError, FastmergeWarning, NonFiniteError, OutputError
+from .health import Checkup, Health
 from .measures import Cuts, model_cuts, swept
 from .methods import METHODS, added
 from .pieces import Room
@@ -54,6 +55,7 @@ class Report:
     choice: str  # which device was chosen, and why
     gpu_considered: bool  # whether a GPU was measured against the CPU
     resumed: int  # tensors that an earlier run had merged
+    health: Health = field(default_factory=Health)  # of the recipe's result
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -161,15 +163,16 @@ def merge(
             for variant in plan.variants
         }
         written: dict[str, Checkpoint] = {}
+        odd: list[str] = []
         for number, stage in enumerate(before):
             place = next(iter(folders.values())) / STAGES / str(number)  # its name is the user's, and may be any text
             if not (done := place / _DONE).exists():
                 with Writer(place, stage.layout, inputs=(), overwrite=True, plan=follows) as between:
-                    _run(stage, written, {"": between}, work)
+                    odd += _run(stage, written, {"": between}, work).warnings
                     between.commit(_sidecars(stage, recipe.text, "", place, write_model_card=False))
                 done.touch()
             written[str(stage.name)] = open_checkpoint(place)
-        _run(result, written, writers, work)
+        health = _run(result, written, writers, work)
         watch.finish()
         isa = next((name for name, _, runs in backends.instruction_sets() if runs), None)
         made_from = provenance.inputs_of(result, full=hash == "full", threads=work.threads)
@@ -189,9 +192,12 @@ def merge(
                 isa=isa if "cpu" in worked else None,
                 seed=seed,
                 options={"nonfinite": nonfinite, "shard_size": shard_size, **packages},
+                health=health.to_json(variant.name),
                 variant=number,
             )
             writer.commit(files)
+    for sentence in (*odd, *health.warnings):
+        warnings.warn(sentence, FastmergeWarning, stacklevel=2)
     spared_read, spared_written = work.spared_bytes
     return Report(
         Path(out),
@@ -211,6 +217,7 @@ def merge(
         work.choice.reason,
         work.choice.considered,
         work.resumed,
+        health,
     )
 
 
@@ -277,7 +284,7 @@ class _Work:
         return Run(self.threads, tick=self.watch.tick)
 
 
-def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Writer], work: _Work) -> None:
+def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Writer], work: _Work) -> Health:
     """Does all jobs of a stage, whose outputs have a name each, then makes sure that no input changed meanwhile."""
     _check_direct(stage, work.choice.backend)
     _warn_of_what_the_cpu_does(stage, work.choice.backend)
@@ -288,21 +295,25 @@ def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Wri
     jobs = list(_left(stage, outputs, overflown, work))
     try:
         reader = Reader(models, work.propagate)
+        checkup = Checkup(stage, reader)
         cuts = model_cuts(stage, reader, work.choice.backend, work.worked, work.run) if jobs else {}
         with closing(_done(stage, jobs, reader, cuts, writers, work)) as done:
             for job, found in done:
                 if any(found.nonfinite) and not work.propagate:
                     raise _nonfinite(job, found, models)
+                checkup.note(job, found.nonfinite)
                 for writer, elements, count in zip(writers, overflown.values(), found.overflow, strict=True):
                     writer.record(job.name, count, work.worked)
                     if count:
                         elements[job.name] = count
+        health = checkup.health(overflown)
     except CheckpointError:
         _check_unchanged(models)  # which knows the file
         raise
     _check_unchanged(models)
     for name, elements in overflown.items():
         _warn_of_overflow(stage, name, elements)
+    return health
 
 
 def _left(

@@ -35,7 +35,7 @@ def merge_tensors(
     copied; what cannot be read where it lies is an error. Gradients do not go through.
 
     Args:
-        method: its name in a recipe; `fastmerge methods` lists them with their formulas, papers and parameters.
+        method: its name in a recipe; docs/methods.md has each with its formula, paper and parameters.
         models: tensors of any one shape, contiguous, on one device, CPU or CUDA: of torch, arrays of numpy, or what has
             `__dlpack__`. Their dtypes are bfloat16, float16 and float32, also mixed, and float64 on a CPU; numpy has
             bfloat16 where ml_dtypes is installed.
@@ -96,7 +96,7 @@ def merge_state_dicts(
     and outputs there are in memory the outputs of a few jobs at most: 256 MB, or one tensor.
 
     Args:
-        method: its name in a recipe; `fastmerge methods` lists them with their formulas, papers and parameters.
+        method: its name in a recipe; docs/methods.md has each with its formula, paper and parameters.
         models: mappings of names to tensors, as `merge_tensors` takes them, or checkpoints by their folder or file,
             which lie on the CPU. The tensors of a name lie on one device, those of other names may lie on others. A
             mapping is asked for each tensor twice, when its shape is looked at and when it is merged, and may make it

@@ -15,6 +15,8 @@ from .errors import RecipeError
 LARGEST = 10_000_000  # bytes of a text
 _MOST = 1_000_000  # values in a document, aliases expanded
 _DEEPEST = 32
+_LONGEST_NUMBER = 1000  # characters: 1:0:0:0..., which counts by sixties, takes time by the square of its length
+_SAID = 1000  # characters of a message, which may have text of the recipe in it
 
 
 def documents(text: str, file: str) -> list[Marked]:
@@ -49,7 +51,7 @@ class Marked:
         return f"{self.file}:{self.node.line}" + (f": {self.path}" if self.path else "")
 
     def error(self, message: str) -> RecipeError:
-        return RecipeError(message, self.place)
+        return RecipeError(f"{message:.{_SAID}}", f"{self.place:.{_SAID}}")
 
     def said(self) -> str:
         """The value as errors speak of it."""
@@ -182,13 +184,15 @@ class _Composer:
         if tag.rpartition(":")[2] not in ("null", "bool", "int", "float"):
             return text
         try:
+            if len(text) > _LONGEST_NUMBER:
+                raise ValueError
             value: bool | int | float | None = _CONSTRUCTOR.construct_object(yaml.ScalarNode(tag, text))
         except ValueError:
             raise self.error(line, f"{text[:40]!r} is not a number that can be read") from None
         return value
 
     def error(self, line: int, message: str) -> RecipeError:
-        return RecipeError(message, f"{self.file}:{line}")
+        return RecipeError(f"{message:.{_SAID}}", f"{self.file}:{line}")
 
 
 _RESOLVER = yaml.resolver.Resolver()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,12 +68,4 @@ def _placed(document: Document, places: Mapping[str | None, Path]) -> Document:
     def found(model: Model) -> Model:
         return model._replace(path=places[model.name]) if model.name in places else model
 
-    modules = []
-    for module in document.modules:
-        slices = [
-            replace(piece, sources=tuple(replace(source, model=found(source.model)) for source in piece.sources))
-            for piece in module.slices
-        ]
-        modules.append(replace(module, slices=tuple(slices)))
-    base = document.base_model and found(document.base_model)
-    return replace(document, modules=tuple(modules), base_model=base)
+    return document.with_models(found)

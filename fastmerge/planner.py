@@ -26,6 +26,7 @@ from .checkpoint import (
     same_bytes,
     tokenizer_files,
 )
+from .checkpoint.header import read_small
 from .embeddings import Rows, rows_of
 from .errors import CheckpointError, FastmergeWarning, RecipeError
 from .fit import BUFFERS, FLOATS, Fit, common
@@ -486,8 +487,9 @@ def _generation(first: Checkpoint | Planned, vocabulary: Vocabulary) -> dict[str
     """The generation_config.json of the first model, where the ids of its special tokens are others now."""
     file = (first.stage.donor if isinstance(first, Planned) else first).folder / GENERATION
     try:
-        said = json.loads(file.read_bytes()) if vocabulary.moved else {}
-    except (OSError, ValueError):
+        said = json.loads(read_small(file)) if vocabulary.moved else {}
+        said = said if isinstance(said, dict) else {}
+    except (CheckpointError, ValueError, RecursionError):
         said = {}
     changes = vocabulary.token_ids(said)
     return {GENERATION: json.dumps(said | changes, indent=2).encode()} if changes else {}

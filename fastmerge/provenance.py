@@ -82,6 +82,7 @@ class Record:
     document: str | None
     command: str
     inputs: tuple[Input, ...]
+    health: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
 
@@ -96,6 +97,7 @@ def written(
     isa: str | None,
     seed: int | None = None,
     options: Mapping[str, Any],
+    health: Mapping[str, Any],
     variant: int = 0,
 ) -> bytes:
     """The file for an output of a recipe's last stage, a line for each input and each tensor; the same for the same
@@ -111,6 +113,7 @@ def written(
         isa: the instruction set of the compiled core; None where that had no work.
         seed: the one given beside the recipe.
         options: others that the bits follow, such as ``nonfinite``; strings, numbers and booleans.
+        health: what was seen of the output's figures, as `Health.to_json` has it.
         variant: the index of the output among those of the stage.
     """
     from . import __version__
@@ -130,6 +133,7 @@ def written(
     }
     lines = [f"  {_json(key)}: {_json(value)}" for key, value in head.items()]
     lines.append(_block('"inputs": [', [_json(_input_entry(each)) for each in inputs], "]"))
+    lines.append(_block('"health": {', (f"{_json(key)}: {_json(value)}" for key, value in health.items()), "}"))
     lines.append(_block('"tensors": {', _tensor_lines(result, variant, hashes), "}"))
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="replace")
 
@@ -293,6 +297,7 @@ def _record(document: Any) -> Record:
         at.take("document", str, type(None)),
         at.take("command", str),
         tuple(_input(_Fields(entry, "an input")) for entry in at.take("inputs", list)),
+        at.take("health", dict),
         {name: _tensor(_Fields(entry, f"tensor {name!r}")) for name, entry in at.take("tensors", dict).items()},
     )
 

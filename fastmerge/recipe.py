@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +87,17 @@ class Document:
             yield from module.parameters.values()
         yield from self.parameters.values()
 
+    def with_models(self, found: Callable[[Model], Model]) -> Document:
+        """The document with another model in the place of each."""
+        modules = []
+        for module in self.modules:
+            slices = [
+                replace(piece, sources=tuple(replace(source, model=found(source.model)) for source in piece.sources))
+                for piece in module.slices
+            ]
+            modules.append(replace(module, slices=tuple(slices)))
+        return replace(self, modules=tuple(modules), base_model=self.base_model and found(self.base_model))
+
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -145,6 +156,18 @@ class Repository:
     id: str
     revision: str | None
     place: str = field(compare=False)
+
+
+def repository(name: str, place: str = "") -> Repository | None:
+    """The repository of an id, and `@` with a branch, tag or commit; None where it is none that the hub could have."""
+    hub = _HUB_ID.fullmatch(name)
+    return Repository(hub["id"], hub["revision"], place) if hub else None
+
+
+#: `name` or `org/name`, and `@` with a branch, tag or commit.
+_HUB_ID = re.compile(
+    r"(?!.*\.\.)(?![^@]*--)(?P<id>(?:\w(?:[\w.-]*\w)?/)?\w(?:[\w.-]*\w)?)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
+)
 
 
 # --- documents ---
@@ -350,11 +373,6 @@ def _layers(at: Marked) -> tuple[int, int]:
 
 # --- models ---
 
-#: `name` or `org/name`, and `@` with a branch, tag or commit.
-_HUB_ID = re.compile(
-    r"(?!.*\.\.)(?![^@]*--)(?P<id>(?:\w(?:[\w.-]*\w)?/)?\w(?:[\w.-]*\w)?)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
-)
-
 
 @dataclass(frozen=True, slots=True)
 class _Models:
@@ -420,5 +438,5 @@ class _Models:
             if name and os.path.exists(path):
                 return self.found.setdefault(os.path.realpath(path), Model(name, path))
         full = name if revision is None else f"{name}@{revision}"
-        hub = _HUB_ID.fullmatch(full)
-        return Model(full, None, Repository(hub["id"], hub["revision"], at.place)) if hub else None
+        hub = repository(full, at.place)
+        return None if hub is None else Model(full, None, hub)

@@ -150,6 +150,9 @@ def _damaged(
                 progress(done, total)
             if digest != record.tensors[name].xxh3_128:
                 yield Wrong(f"tensor {name!r} has other bytes than were written", *_place(held, name))
+    except CheckpointError:
+        held.check_unchanged()  # which knows the file
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -212,23 +215,11 @@ def _recipe(record: Record, out: Path) -> Recipe:
     needed: set[str | None] = {record.document}
     for document in reversed(whole.documents):
         if document.name in needed:
-            documents.insert(0, _with_models(document, found))
+            documents.insert(0, document.with_models(found))
             needed |= {model.name for model in documents[0].models if model.path is None and model.repository is None}
     if not documents or documents[-1].name != record.document:
         raise CheckpointError(f"{out / provenance.FILE} has no document {record.document!r} in its recipe; merge again")
     return Recipe(record.recipe, tuple(documents))
-
-
-def _with_models(document: Document, found: Callable[[Model], Model]) -> Document:
-    modules = []
-    for module in document.modules:
-        slices = [
-            replace(piece, sources=tuple(replace(source, model=found(source.model)) for source in piece.sources))
-            for piece in module.slices
-        ]
-        modules.append(replace(module, slices=tuple(slices)))
-    base = document.base_model and found(document.base_model)
-    return replace(document, modules=tuple(modules), base_model=base)
 
 
 def _refuse_changed(record: Record, now: Iterable[Input], out: Path) -> None:

@@ -38,12 +38,12 @@ Command = Callable[..., Ended]
 
 @pytest.fixture(autouse=True)
 def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two small models, a and b, and recipes over them."""
+    """Two small models, a and its fine-tune b, and recipes over them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    rng = np.random.default_rng(0)
-    for name in ("a", "b"):
-        save(name, {f"layers.{n}.w": rng.standard_normal((8, 16)).astype(np.float32) for n in range(4)})
+    weights, deltas = np.random.default_rng(0).standard_normal((2, 4, 8, 16)).astype(np.float32)
+    for name, values in (("a", weights), ("b", weights + deltas / 8)):
+        save(name, {f"layers.{n}.w": values[n] for n in range(4)})
     Path("linear.yml").write_text(LINEAR)
     Path("ties.yml").write_text(TIES)
 

@@ -98,6 +98,7 @@ def reader(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "80")
+    fastmerge.merge(fastmerge.Recipe.parse("merge_method: uniform_soup\nmodels: [model: code, model: maths]\n"), "mine")
     yield Reader()
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(folder)

@@ -372,7 +372,7 @@ dtype: float32
 
 def test_files_that_are_no_models_are_merged(merge: Callable[[str], Path]) -> None:
     merged = merge(RAW)
-    assert {"model.safetensors", "README.md", "mergekit_config.yml"} == set(os.listdir(merged))
+    assert {"model.safetensors", "README.md", "fastmerge.json", "mergekit_config.yml"} == set(os.listdir(merged))
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(merged / "model.safetensors").items()}
     assert shapes == {"head.weight": (3, 5), "scale": (1,)}
 

@@ -36,10 +36,10 @@ models: [{model: first, parameters: {weight: 1}}, {model: b, parameters: {weight
 def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three small models, and a recipe in which the result needs `first` and `second`, and `second` needs `first`."""
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for name in ("a", "b", "c"):
+    weights, *deltas = np.random.default_rng(0).standard_normal((4, 4, 8, 16)).astype(np.float32)
+    for name, delta in zip("abc", deltas, strict=True):
         Path(name).mkdir()
-        tensors = {f"layers.{n}.w": rng.standard_normal((8, 16)).astype(np.float32) for n in range(4)}
+        tensors = {f"layers.{n}.w": weights[n] / 16 + delta[n] / 1024 for n in range(4)}
         save_file(tensors, Path(name, "model.safetensors"))
         for file in ("config.json", "tokenizer.json"):
             Path(name, file).write_text('{"model_type": "llama"}')

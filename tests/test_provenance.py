@@ -61,6 +61,7 @@ def test_the_file_has_these_fields() -> None:
         "document",
         "command",
         "inputs",
+        "health",
         "tensors",
     ]
     assert (record["format"], record["arithmetic"]) == (1, provenance.ARITHMETIC)

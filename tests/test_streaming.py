@@ -23,7 +23,20 @@ import pytest
 import test_engine
 import torch
 from safetensors.torch import save_file
-from test_engine import BASED, COPY, LINEAR, RECIPES, TIES, assert_nothing_left, family, merged, raw, save, save_sparse
+from test_engine import (
+    BASED,
+    COPY,
+    LINEAR,
+    RECIPES,
+    TIES,
+    assert_nothing_left,
+    family,
+    load,
+    merged,
+    raw,
+    save,
+    save_sparse,
+)
 
 import fastmerge
 from fastmerge import (
@@ -615,8 +628,8 @@ def test_an_interrupt_stops_all_lanes_and_the_same_merge_goes_on(
     with pytest.raises(KeyboardInterrupt):
         through_gpu(RECIPES[recipe], gpu_memory=gpu_memory, progress=interrupt)
     assert all(path.name.startswith(".fastmerge-") for path in Path().glob("gpu/*"))
-    again = raw(through_gpu(RECIPES[recipe], gpu_memory=gpu_memory))
-    assert again == raw(merged(RECIPES[recipe], "plain", backend="cpu"))
+    through_gpu(RECIPES[recipe], gpu_memory=gpu_memory)
+    assert raw(load("gpu")) == raw(merged(RECIPES[recipe], "plain", backend="cpu"))
 
 
 def test_an_interrupt_does_not_wait_for_what_is_queued(put: Put) -> None:

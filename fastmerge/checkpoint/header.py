@@ -49,7 +49,7 @@ DTYPE_BITS = {
     "I64": 64,
     "U64": 64,
 }
-#: The longest JSON that is read, in bytes; the safetensors library's own limit for a header.
+#: The longest JSON that is read, and other small file, in bytes; the safetensors library's own limit for a header.
 LONGEST_JSON = 100_000_000
 #: Objects and arrays that may lie inside one another, as in the safetensors library.
 DEEPEST = 127
@@ -131,6 +131,16 @@ def open_regular(path: str | Path) -> FileIO:
         raise CheckpointError(f"{path} cannot be opened: {error}; mend the path") from None
     kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"
     raise CheckpointError(f"{path} is {kind} where a file is wanted; mend the path")
+
+
+def read_small(path: str | Path) -> bytes:
+    """All of a file that is no weights; raises CheckpointError for what is longer than `LONGEST_JSON`."""
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > LONGEST_JSON:
+            raise CheckpointError(
+                f"{path} has {size} bytes, more than the {LONGEST_JSON} that are read; fetch it again"
+            )
+        return file.readall()
 
 
 def looks_like(head: bytes) -> str | None:

@@ -16,7 +16,6 @@ from ..errors import CheckpointError, FastmergeWarning
 from .header import (
     CONVERT,
     DEEPEST,
-    LONGEST_JSON,
     Header,
     TensorInfo,
     looks_like,
@@ -24,6 +23,7 @@ from .header import (
     open_regular,
     parse_json,
     read_header,
+    read_small,
 )
 
 SINGLE = "model.safetensors"
@@ -193,7 +193,7 @@ def shards_named(index: Path) -> list[str]:
 
 def _index(index: Path) -> tuple[dict[str, str], object]:
     """The weight_map and total_size of an index."""
-    data = _read(index)
+    data = read_small(index)
     try:
         document = parse_json(data)
         if not isinstance(document, dict):
@@ -260,7 +260,7 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not os.path.lexists(path):
         return {}
-    data = _read(path)
+    data = read_small(path)
     try:
         config = json.loads(data.decode())
         if not isinstance(config, dict):
@@ -273,15 +273,6 @@ def _config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         reason = str(error)
     raise CheckpointError(f"{path} {looks_like(data[:512]) or f'is not a model config: {reason}; fetch it again'}")
-
-
-def _read(path: Path) -> bytes:
-    with open_regular(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > LONGEST_JSON:
-            raise CheckpointError(
-                f"{path} has {size} bytes, more than the {LONGEST_JSON} that are read; fetch it again"
-            )
-        return file.readall()
 
 
 def _listed(names: Sequence[str]) -> str:

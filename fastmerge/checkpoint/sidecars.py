@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..errors import FastmergeWarning
-from .header import looks_like, open_regular
+from .header import LONGEST_JSON, looks_like, read_small
 from .reader import Checkpoint, names_in
 
 _TOKENIZER = (
@@ -85,7 +85,7 @@ def sidecars(
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of the tokenizer in a folder, by name."""
-    return _read(folder, _TOKENIZER)
+    return _read(folder, _there(folder, _TOKENIZER))
 
 
 def is_sidecar(name: str) -> bool:
@@ -103,20 +103,22 @@ def _copied(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
             f"{folder} comes with code of its own, which is neither run nor copied: {', '.join(code)}; "
             "copy it beside the result if the model needs it"
         )
-    files = _read(folder, patterns)
+    names = _there(folder, patterns)
+    if long := [name for name in names if (folder / name).stat().st_size > LONGEST_JSON]:
+        _warn(f"{folder} holds {', '.join(long)} of more than {LONGEST_JSON} bytes, which no such file has; not copied")
+    files = _read(folder, (name for name in names if name not in long))
     for name, content in files.items():
         if damage := looks_like(content[:512]):
             _warn(f"{folder / name} {damage}; it is copied as it is")
     return files
 
 
-def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
-    files = {}
-    for name in names_in(folder):
-        if _is_one_of(name, patterns) and (folder / name).is_file():
-            with open_regular(folder / name) as file:
-                files[name] = file.readall()
-    return files
+def _there(folder: Path, patterns: Sequence[str]) -> list[str]:
+    return [name for name in names_in(folder) if _is_one_of(name, patterns) and (folder / name).is_file()]
+
+
+def _read(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    return {name: read_small(folder / name) for name in names}
 
 
 def _text(text: str) -> bytes:

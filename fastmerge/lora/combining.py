@@ -14,7 +14,7 @@ import numpy as np
 from .. import backends
 from ..batches import Batch
 from ..checkpoint import TensorInfo, same_bytes
-from ..checkpoint.header import open_regular, parse_json
+from ..checkpoint.header import parse_json, read_small
 from ..engine import Report, merge
 from ..errors import CheckpointError, FastmergeWarning, MismatchError, NonFiniteError, RecipeError
 from ..fit import common
@@ -25,6 +25,7 @@ from ..marked import meant
 from ..measures import swept
 from ..methods import METHODS, Measured, Method, Settings, find
 from ..planner import Job, Source
+from ..recipe import repository
 from ..settings import Resolver
 from ..sources.adapter import CONFIG, Adapter, Update, open_adapter
 from ..sweep import Elect, Inputs, Keep, Mean, Run, Target, View
@@ -211,10 +212,10 @@ def _warn(method: str, way: _Way, adapters: Sequence[Adapter]) -> None:
 
 def _opened(name: str) -> Adapter:
     """An adapter on the disk, or on the hub."""
-    if os.path.exists(name):
+    hub = None if os.path.exists(name) else repository(name)
+    if hub is None:
         return open_adapter(name)
-    id, _, revision = name.partition("@")
-    folder, commit = snapshot(id, revision or None, adapter=True)
+    folder, commit = snapshot(hub.id, hub.revision, adapter=True)
     return open_adapter(folder, name=name, commit=commit)
 
 
@@ -399,10 +400,7 @@ def _keep_whole(made: NewAdapter, adapters: Sequence[Adapter]) -> None:
 
 def _said(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What the configs of the adapters say that is true of the result."""
-    configs = []
-    for adapter in adapters:
-        with open_regular(adapter.folder / CONFIG) as file:
-            configs.append(parse_json(file.readall()))
+    configs = [parse_json(read_small(adapter.folder / CONFIG)) for adapter in adapters]
     saved = [name for config in configs for name in config.get("modules_to_save") or ()]
     biases = [word for config in configs if (word := config.get("bias") or "none") != "none"]
     return {

@@ -9,7 +9,8 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import memory, system
+from ..cards import code, heading
 from ..checkpoint import CARD, DTYPE_BITS, SINGLE, Checkpoint, Layout, Writer, lay_out
+from ..errors import CheckpointError
+from ..marked import printable
 from ..sources.adapter import CONFIG, WEIGHTS
 from ..sources.lora import Adapted, widened
 from .factors import Dense, Factors, Matrix, Product
@@ -214,14 +218,26 @@ def read(model: Checkpoint, tensor: str, first: int = 0, count: int | None = Non
     count = rows - first if count is None else min(count, rows - first)
     if isinstance(model, Adapted) and model.computed(tensor):
         made = np.empty((count, width), np.float64 if info.dtype == "F64" else np.float32)
-        model.fill(tensor, first, made)
+        with _naming(model):
+            model.fill(tensor, first, made)
         return made
     pitch = width * DTYPE_BITS[info.dtype] // 8
     raw = np.empty(count * pitch, np.uint8)
     address, owner = model.address(tensor)
-    memory.read(address + first * pitch, raw.data)
+    with _naming(model):
+        memory.read(address + first * pitch, raw.data)
     del owner  # it was mapped until here
     return widened(raw, info.dtype).reshape(count, width)
+
+
+@contextmanager
+def _naming(model: Checkpoint) -> Iterator[None]:
+    """A file that is cut while it is read is named."""
+    try:
+        yield
+    except CheckpointError:
+        model.check_unchanged()  # which knows the file
+        raise
 
 
 _BLOCK = 1 << 20  # bytes or elements at a time
@@ -245,7 +261,8 @@ def _store(tensor: _Tensor, offset: int, file: int) -> None:
     raw = np.empty(min(_BLOCK, nbytes), np.uint8)
     for begin in range(0, nbytes, _BLOCK):
         part = raw[: min(_BLOCK, nbytes - begin)]
-        memory.read(address + begin, part.data)
+        with _naming(model):
+            memory.read(address + begin, part.data)
         memory.write(part.data, offset + begin, file)
     del owner  # it was mapped until here
 
@@ -262,18 +279,19 @@ def _card(report: AdapterReport, names: Sequence[str], base: str | None, command
         "- fastmerge",
         "- lora",
         "---",
-        f"# {' '.join(report.out.resolve().name.split())}",
+        f"# {heading(report.out.resolve().name)}",
         "",
         f"A LoRA adapter made with fastmerge {version} of",
         "",
-        *(f"- `{name}`" for name in names),
+        *(f"- {code(name)}" for name in names),
         "",
-        f"    {shlex.join(['fastmerge', 'lora', *command])}",
+        f"    {printable(shlex.join(['fastmerge', 'lora', *command]))}",
         "",
         f"Its {len(report.modules):,} modules are within {report.error:.3g} of what they were to be (relative "
-        f"Frobenius error), `{worst.module}` within {worst.error:.3g}.",
+        f"Frobenius error), {code(worst.module)} within {worst.error:.3g}.",
     ]
-    lines += ["", "Not in it, though it would have to change: " + ", ".join(report.left_out)] if report.left_out else []
+    left_out = ", ".join(map(code, report.left_out))
+    lines += ["", f"Not in it, though it would have to change: {left_out}"] if left_out else []
     return ("\n".join(lines) + "\n").encode(errors="replace")
 
 

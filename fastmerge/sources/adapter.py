@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint import SINGLE, Checkpoint, TensorInfo, open_checkpoint
-from ..checkpoint.header import CONVERT, LONGEST_JSON, looks_like, open_regular, parse_json
+from ..checkpoint.header import CONVERT, looks_like, parse_json, read_small
 from ..checkpoint.reader import names_in
 from ..errors import CheckpointError
 
@@ -101,8 +101,7 @@ _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _WITHOUT_EFFECT = (
     "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode"
     " init_lora_weights layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core"
-    " merge_weights modules_to_save peft_version qalora_group_size revision runtime_config target_modules task_type"
-    " velora_config"
+    " merge_weights peft_version qalora_group_size runtime_config target_modules velora_config"
 )
 
 
@@ -124,6 +123,9 @@ class _Config:
             for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
         )
         self._take("bias", ("none", "all", "lora_only").__contains__, "none, all or lora_only", "none")
+        self._take("modules_to_save", _are_names, "a list of names", [])
+        for key in ("task_type", "revision"):
+            self._take(key, lambda value: value is None or isinstance(value, str), "text or null")
         base = self._said.get("base_model_name_or_path")
         self.trained_on = base if isinstance(base, str) and base else None
         self._refuse_rest()
@@ -170,8 +172,7 @@ class _Config:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        data = file.read(LONGEST_JSON)
+    data = read_small(path)
     try:
         value = parse_json(data)
         if not isinstance(value, dict):
@@ -192,6 +193,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_flag(value: Any) -> bool:
     return type(value) is bool
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 # --- names ---

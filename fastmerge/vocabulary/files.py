@@ -243,6 +243,8 @@ def _protocol(data: bytes) -> Iterator[tuple[int, Any]]:
             shift += 7
             if byte < 128:
                 return value
+            if shift > 63:
+                raise ValueError("it is no protocol buffer")
 
     while at < len(data):
         key = number()
