@@ -321,6 +321,11 @@ def threads() -> int:
     return os.cpu_count() or 1
 
 
+def isa() -> str | None:
+    """The instruction set of the compiled core; None where that cannot run."""
+    return next((name for name, _, runs in instruction_sets() if runs), None)
+
+
 def instruction_sets() -> list[tuple[str, str, bool]]:
     """The compiled core's instruction sets, best first: name, why it is out (or empty), whether it is the one."""
     if why_not("cpu"):

@@ -600,8 +600,6 @@ def _merge(
                 click.echo(_closing(report))
                 if figures:
                     _show_health(report.health)
-                elif found := len(report.health.warnings):
-                    click.echo(f"health: {found} of its figures beyond their thresholds; all are in fastmerge.json")
 
 
 def _steps(
@@ -727,12 +725,14 @@ def _closing(report: Report) -> str:
     outputs = f"{len(report.outputs)} outputs, " if report.outputs != (report.out,) else ""
     peak = f", {_size(report.peak_anonymous_bytes)} of memory" if report.peak_anonymous_bytes else ""
     before = f", {report.resumed:,} of them before" if report.resumed else ""
+    odd = len(report.health.warnings)
+    health = f"\nhealth: figures beyond their thresholds: {odd}; all figures are in fastmerge.json" if odd else ""
     return (
         f"{_printable(str(report.out))}: {outputs}{' + '.join(report.methods)} of {report.tensors:,} tensors{before}, "
         f"read {_size(report.bytes_read)}, wrote {_size(report.bytes_written)} in {report.seconds:.2f} s "
         f"({report.gigabytes_per_second:.1f} GB/s; "
         f"{_who(report)}, {report.threads} threads{peak})"
-    ) + (f"; {_printable(report.choice)}" if report.gpu_considered else "")
+    ) + (f"; {_printable(report.choice)}{health}" if report.gpu_considered else health)
 
 
 def _show_health(found: Health) -> None:

@@ -72,7 +72,8 @@ def _drops(models: Sequence[Tensor], base: Tensor, settings: Settings) -> list[t
 
 def _dropped(change: Tensor, density: float, epsilon: float, key: int, inverse: bool) -> Tensor:
     """What stays of each row with probability density - epsilon for its smallest element, to density + epsilon for its
-    largest; over that probability if `inverse`. Of equals the first ranks highest; one alone stays with `density`."""
+    largest; over that probability if `inverse`. Of equals the first ranks highest, a NaN counting as 0; one alone stays
+    with `density`."""
     if density >= 1.0 or density <= 0.0:
         return change if density >= 1.0 else torch.zeros_like(change)
     rows = _rows(change)
@@ -85,7 +86,7 @@ def _dropped(change: Tensor, density: float, epsilon: float, key: int, inverse: 
     step = max(1, _TILE // width)
     for begin in range(0, len(rows), step):
         block = rows[begin : begin + step]
-        order = block.abs().argsort(dim=1, descending=True, stable=True)
+        order = block.abs().nan_to_num_(0.0, torch.inf).argsort(dim=1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
         drawn = random_bits(key, begin * width, block.numel()).view_as(block)
         left = torch.where(drawn < cuts[place], block, 0.0)
@@ -100,17 +101,20 @@ def arcee_fusion(models: Sequence[Tensor], base: Tensor, _: Settings) -> Tensor:
     """d where abs(d) times the KL divergence of its row's softmax is at least median + 1.5 IQR of that product.
 
     The quantiles are those of all elements, however many. The steps are those that others take in float32: of rows that
-    are nearly equal the divergence is not much more than their rounding.
+    are nearly equal the divergence is not much more than their rounding. Where d is NaN or Inf it stays, and the rest
+    is as if it were 0 there.
     """
     (model,) = models
     change = delta(model, base)
-    after, before = (torch.softmax(_rows(each), dim=1) + 1e-8 for each in (model, base))
+    finite = change.isfinite()
+    origin = torch.where(base.isfinite(), base, 0.0)
+    after, before = (torch.softmax(_rows(each), dim=1) + 1e-8 for each in (torch.where(finite, model, origin), origin))
     divergence = (after * (after / before).log()).sum(dim=1, keepdim=True)  # [rows, 1]
-    score = _rows(change.abs()) * divergence
+    score = _rows(torch.where(finite, change.abs(), 0.0)) * divergence
     places = [int(share * (score.numel() - 1)) for share in (0.25, 0.5, 0.75)]
     low, median, high = torch.from_numpy(np.partition(score.numpy().ravel(), places)[places])
-    kept = ~(score < median + 1.5 * (high - low))  # a NaN stays
-    return add(base, torch.where(kept.view_as(change), change, 0.0))
+    kept = ~(score < median + 1.5 * (high - low)).view_as(change) | ~finite
+    return add(base, torch.where(kept, change, 0.0))
 
 
 # --- weights that follow from the deltas ---
@@ -135,12 +139,13 @@ def sce(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
 
 
 def _spread(deltas: Sequence[Tensor]) -> Tensor:
-    """The variance across M models times M, in float64, in which the mean of equal float32 numbers is exact."""
+    """The variance across M models times M, in float64, in which the mean of equal float32 numbers is exact; a NaN
+    counts as 0, and where a model is infinite it is, too."""
     spread = torch.empty_like(deltas[0], dtype=torch.float64)
     for part, *tiles in _tiles(spread, *deltas):
-        wide = torch.stack([tile.double() for tile in tiles])  # [M, tile]
+        wide = torch.stack([tile.double().nan_to_num_(0.0, torch.inf, -torch.inf) for tile in tiles])  # [M, tile]
         torch.sum((wide - wide.sum(0) / len(wide)).square_(), 0, out=part)
-    return spread
+    return spread.nan_to_num_(torch.inf, torch.inf)
 
 
 def ramplus_tl(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
@@ -148,7 +153,7 @@ def ramplus_tl(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Te
     delta grows, by up to r * alpha, with how much it shares."""
     epsilon, r, alpha = (number(settings.shared, name) for name in ("epsilon", "r", "alpha"))
     deltas = [delta(model, base) for model in models]
-    actives = [~(each.abs() <= epsilon) for each in deltas]  # a NaN is
+    actives = [each.abs() > epsilon for each in deltas]
     count = torch.zeros_like(base)
     for active in actives:
         count += active
@@ -158,6 +163,7 @@ def ramplus_tl(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Te
         shared = int(active.sum()) - unique
         factor = 1.0 + r * min(shared / max(unique, 1), alpha)
         total += torch.where(active, torch.where(alone, scale(each, factor), each), 0.0)
+        total += torch.where(each.isnan(), each, 0.0)
     return add(base, total / count.clamp(min=1.0))
 
 
@@ -173,7 +179,7 @@ def nuslerp_columns(models: Sequence[Tensor], base: Tensor | None, settings: Set
     step = max(1, _TILE // max(1, grid[0]))
     for begin in range(0, grid[1], step):
         blocks = [each[:, begin : begin + step] for each in deltas]
-        wide = [each.double() for each in blocks]
+        wide = [each.double().nan_to_num_(0.0, 0.0, 0.0) for each in blocks]
         products = torch.stack([(a * b).sum(0) for a in wide for b in wide])  # [M * M, columns]
         grams = products.T.reshape(-1, len(wide), len(wide)).tolist()
         sweeps = [row.sweep(settings, Measured(gram=gram)) for gram in grams]

@@ -15,27 +15,27 @@ from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 
-from . import backends, cards, gathered, provenance
-from .batches import BATCH_BYTES, Reader, in_batches, share_out
+from . import backends, cards, provenance
+from .batches import BATCH_BYTES, Reader, in_batches
 from .checkpoint import DTYPE_BITS, STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
 from .choice import Choice
 from .errors import BackendError, CheckpointError, FastmergeWarning, NonFiniteError, OutputError
 from .health import Checkup, Health
-from .measures import Cuts, model_cuts, swept
-from .methods import METHODS, added
+from .identity import identity, packages
+from .measures import Cuts, model_cuts
 from .pieces import Room
-from .planner import SHARD_SIZE, Job, Plan, Planned, Stage
+from .planner import SHARD_SIZE, Job, Plan, Planned, Stage, opened
 from .planner import plan as make_plan
 from .recipe import Recipe
 from .sources.lora import Adapted
 from .streaming import Streamer
 from .sweep import Found, Run, Target
+from .sweeping import on_cpu
 from .vary import Vary
 
 Progress = Callable[[int, int], None]
 
 _DONE = "done"  # beside the model of an earlier document, where that is complete
-_READ_BESIDE = (".json", ".model", ".jinja", ".txt")  # configs and tokenizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,72 +130,57 @@ def merge(
     )
     inputs = [path for stage in plan.stages for model in stage.models for path in _paths(model)]
     *before, result = plan.stages
-    options = ("" if seed is None else f" --seed {seed}") + (
-        "" if shard_size == SHARD_SIZE else f" --shard-size {shard_size}"
-    )
-    options += ("" if nonfinite == "error" else f" --nonfinite {nonfinite}") + (
-        "" if copy_tokenizer else " --no-copy-tokenizer"
-    )
-    beside = {"copy_tokenizer": copy_tokenizer, "write_model_card": write_model_card}
+    follows = identity(plan, seed=seed, nonfinite=nonfinite, backend=backend)
     folders = {variant.name: Path(out, variant.name) for variant in plan.variants}
-    packages = _packages(plan)
-    follows = {
-        "recipe": recipe.text,
-        "seed": seed,
-        "nonfinite": nonfinite,
-        "backend": backend,
-        "arithmetic": provenance.ARITHMETIC,
-        "package": packages,
-        "input": {file: stamp for stage in plan.stages for model in stage.models for file, stamp in _stamps(model)},
-    }
-    with _disk(Path(out)), _folder(Path(out)), ExitStack() as opened:
+    with _disk(Path(out)), _folder(Path(out)), ExitStack() as entered:
         writers = {
-            variant.name: opened.enter_context(
+            variant.name: entered.enter_context(
                 Writer(
                     folders[variant.name],
                     result.layout,
                     inputs=inputs,
                     overwrite=overwrite,
-                    plan={**follows, "recipe": variant.text},
+                    plan={"recipe": variant.text, **follows},
                     restart=restart,
                 )
             )
             for variant in plan.variants
         }
-        written: dict[str, Checkpoint] = {}
+        written: dict[str | None, Checkpoint] = {}
         odd: list[str] = []
         for number, stage in enumerate(before):
             place = next(iter(folders.values())) / STAGES / str(number)  # its name is the user's, and may be any text
             if not (done := place / _DONE).exists():
-                with Writer(place, stage.layout, inputs=(), overwrite=True, plan=follows) as between:
+                with Writer(
+                    place, stage.layout, inputs=(), overwrite=True, plan={"recipe": recipe.text, **follows}
+                ) as between:
                     odd += _run(stage, written, {"": between}, work).warnings
                     between.commit(_sidecars(stage, recipe.text, "", place, write_model_card=False))
                 done.touch()
-            written[str(stage.name)] = open_checkpoint(place)
+            written[stage.name] = open_checkpoint(place)
         health = _run(result, written, writers, work)
         watch.finish()
-        isa = next((name for name, _, runs in backends.instruction_sets() if runs), None)
         made_from = provenance.inputs_of(result, full=hash == "full", threads=work.threads)
         for number, variant in enumerate(plan.variants):
-            again = recipe.again or f"merge mergekit_config.yml {shlex.quote(folders[variant.name].name)}"
-            command = f"fastmerge {again}{options}"
-            writer = writers[variant.name]
+            folder, writer = folders[variant.name], writers[variant.name]
             writer.settle()
-            files = _sidecars(result, variant.text, command, folders[variant.name], **beside)
-            files[provenance.FILE] = provenance.written(
+            again = recipe.again or f"merge mergekit_config.yml {shlex.quote(folder.name)}"
+            command = f"fastmerge {again}{_options(seed, shard_size, nonfinite, copy_tokenizer)}"
+            record = provenance.written(
                 result,
                 variant.text,
                 command,
                 inputs=made_from,
                 hashes=writer.hashes,
                 worked=worked,
-                isa=isa if "cpu" in worked else None,
+                isa=backends.isa() if "cpu" in worked else None,
                 seed=seed,
-                options={"nonfinite": nonfinite, "shard_size": shard_size, **packages},
+                options={"nonfinite": nonfinite, "shard_size": shard_size, **packages(plan)},
                 health=health.to_json(variant.name),
                 variant=number,
             )
-            writer.commit(files)
+            beside = {"copy_tokenizer": copy_tokenizer, "write_model_card": write_model_card}
+            writer.commit({**_sidecars(result, variant.text, command, folder, **beside), provenance.FILE: record})
     for sentence in (*odd, *health.warnings):
         warnings.warn(sentence, FastmergeWarning, stacklevel=2)
     spared_read, spared_written = work.spared_bytes
@@ -219,6 +204,17 @@ def merge(
         work.resumed,
         health,
     )
+
+
+def _options(seed: int | None, shard_size: int, nonfinite: str, copy_tokenizer: bool) -> str:
+    """What a command line says beside the recipe, for the same bytes."""
+    said = {
+        f" --seed {seed}": seed is not None,
+        f" --shard-size {shard_size}": shard_size != SHARD_SIZE,
+        f" --nonfinite {nonfinite}": nonfinite != "error",
+        " --no-copy-tokenizer": not copy_tokenizer,
+    }
+    return "".join(option for option, wanted in said.items() if wanted)
 
 
 @contextmanager
@@ -284,11 +280,11 @@ class _Work:
         return Run(self.threads, tick=self.watch.tick)
 
 
-def _run(stage: Stage, written: dict[str, Checkpoint], outputs: Mapping[str, Writer], work: _Work) -> Health:
+def _run(stage: Stage, written: Mapping[str | None, Checkpoint], outputs: Mapping[str, Writer], work: _Work) -> Health:
     """Does all jobs of a stage, whose outputs have a name each, then makes sure that no input changed meanwhile."""
     _check_direct(stage, work.choice.backend)
     _warn_of_what_the_cpu_does(stage, work.choice.backend)
-    models = [_read_from(model, written) for model in stage.models]
+    models = [opened(model, written) for model in stage.models]
     _warn_of_no_deltas(stage, models)
     overflown: dict[str, dict[str, int]] = {name: {} for name in outputs}
     writers = list(outputs.values())
@@ -338,36 +334,6 @@ def _left(
         work.watch.tick(job.passes * job.nbytes)
 
 
-def _packages(plan: Plan) -> dict[str, str]:
-    """The methods that are not our own, with the packages that add them."""
-    names = {stage.document.method.name for stage in plan.stages} - METHODS.keys()
-    return {f"method {row.name}": row.package for row in (added() if names else ()) if row.name in names}
-
-
-def _stamps(model: Checkpoint | Planned) -> Iterator[tuple[str, list[int]]]:
-    """The size and the time of change of each file that a merge reads of a model."""
-    if isinstance(model, Planned):
-        return
-    halves = [model.folder, *([model.adapter.folder] if isinstance(model, Adapted) else [])]
-    beside = [folder / name for folder in halves for name in sorted(os.listdir(folder)) if name.endswith(_READ_BESIDE)]
-    for file in dict.fromkeys((*model.files, *beside)):
-        try:
-            status = os.stat(file)
-        except FileNotFoundError:
-            model.check_unchanged()  # which says so
-            raise
-        yield str(file), [status.st_size, status.st_mtime_ns]
-
-
-def _read_from(model: Checkpoint | Planned, written: Mapping[str, Checkpoint]) -> Checkpoint:
-    """A model, or what an earlier stage has written for it."""
-    if isinstance(model, Planned):
-        return written[model.name]
-    if isinstance(model, Adapted) and isinstance(model.base, Planned):
-        return model.over(written[model.base.name])
-    return model
-
-
 def _paths(model: Checkpoint | Planned) -> tuple[Path, ...]:
     """Where a model lies that is no output of ours."""
     if isinstance(model, Planned):
@@ -404,28 +370,19 @@ def _done(
         places = [writer.target(job.name) for writer in writers]  # holds the files open
         return [Target(reader.output(job), offset, file) for file, offset in places]
 
-    def on_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Job, Found]]:
-        stored = reader.mapped([job for job in jobs if job.gather is None])
-        for ops, mine in share_out(stored, reader, choice.backend, work.worked):
-            found = swept(mine, ops, cuts, list(map(targets, mine.jobs)), work.run)
+    def by_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Job, Found]]:
+        wanted = "auto" if choice.gpu else choice.backend
+        for mine, found in on_cpu(jobs, reader, cuts, targets, wanted, work.worked, work.run, room):
             for writer in writers:
-                writer.written(job.name for job in mine.jobs)
-            yield from zip(mine.jobs, found, strict=True)
-        for job in jobs:
-            if job.gather is not None:
-                wanted = "torch" if job.direct else "auto" if choice.gpu else choice.backend
-                ops = backends.Ops(wanted, reader.held(job), "cpu", work.worked)
-                whole = gathered.swept(job, reader, ops, cuts, targets(job), work.run, room)
-                for writer in writers:
-                    writer.written([job.name])
-                yield job, whole
+                writer.written(job.name for job in mine)
+            yield from zip(mine, found, strict=True)
 
     done, left_bytes = 0, sum(map(size, todo))
     for jobs in in_batches(stage, todo, size, BATCH_BYTES):
         if choice.gpu:
             break
         started = time.perf_counter()
-        yield from on_cpu(jobs)
+        yield from by_cpu(jobs)
         nbytes = sum(map(size, jobs))
         done, left_bytes = done + len(jobs), left_bytes - nbytes
         if not any(job.direct or job.gather for job in jobs):
@@ -442,7 +399,7 @@ def _done(
         if mine := [job for job in left if streamer.takes(job)]:
             yield from streamer.swept(mine)
         for jobs in in_batches(stage, others, size, BATCH_BYTES):
-            yield from on_cpu(jobs)
+            yield from by_cpu(jobs)
 
 
 def _check_unchanged(models: Sequence[Checkpoint]) -> None:

@@ -152,6 +152,15 @@ class Planned:
         return self.stage.donor.folder
 
 
+def opened(model: Checkpoint | Planned, written: Mapping[str | None, Checkpoint]) -> Checkpoint:
+    """A model to read: as it is, or what its stage has written by now."""
+    if isinstance(model, Planned):
+        return written[model.name]
+    if isinstance(model, Adapted) and isinstance(model.base, Planned):
+        return model.over(written[model.base.name])
+    return model
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All stages of a recipe in order, the result last, of which there is one output per variant."""

@@ -6,7 +6,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -15,18 +15,19 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from . import backends, gathered, memory, provenance
-from .batches import BATCH_BYTES, Reader, in_batches, share_out
+from . import backends, memory, provenance
+from .batches import BATCH_BYTES, Reader, in_batches
 from .checkpoint import Checkpoint, Writer, lay_out, open_checkpoint, same_bytes
 from .checkpoint.header import open_regular
 from .errors import CheckpointError
-from .measures import model_cuts, swept
+from .measures import model_cuts
 from .pieces import Room
-from .planner import SHARD_SIZE, Job, Plan, Planned, Stage, plan
+from .planner import SHARD_SIZE, Job, Plan, Planned, Stage, opened, plan
 from .provenance import ARITHMETIC, Input, Record
 from .recipe import Document, Model, Recipe
 from .sources.lora import Adapted
 from .sweep import Run, Target
+from .sweeping import on_cpu
 
 
 class Wrong(NamedTuple):
@@ -249,7 +250,7 @@ def _merged(made: Plan, names: set[str], folder: Path, propagate: bool, threads:
             asked[name] |= tensors
     written: dict[str | None, Checkpoint] = {}
     for number, stage in enumerate(made.stages):
-        models = [_read_from(model, written) for model in stage.models]
+        models = [opened(model, written) for model in stage.models]
         place = folder / str(number)
         jobs = [job for job in stage.jobs if job.name in asked[stage.name]]
         _merge(stage, jobs, Reader(models, propagate), place, Run(threads))
@@ -276,14 +277,6 @@ def _measured(stage: Stage, names: Collection[str]) -> Stage:
     return stage if whole else replace(stage, jobs=jobs)
 
 
-def _read_from(model: Checkpoint | Planned, written: Mapping[str | None, Checkpoint]) -> Checkpoint:
-    if isinstance(model, Planned):
-        return written[model.name]
-    if isinstance(model, Adapted) and isinstance(model.base, Planned):
-        return model.over(written[model.base.name])
-    return model
-
-
 def _merge(stage: Stage, jobs: Sequence[Job], reader: Reader, place: Path, run: Run) -> None:
     """Some jobs of a stage, into a folder of their own."""
     worked: backends.Worked = {}
@@ -297,11 +290,6 @@ def _merge(stage: Stage, jobs: Sequence[Job], reader: Reader, place: Path, run: 
             return [Target(reader.output(job), offset, file)]
 
         for batch in in_batches(stage, jobs, attrgetter("nbytes"), BATCH_BYTES):
-            stored = reader.mapped([job for job in batch if job.gather is None])
-            for ops, mine in share_out(stored, reader, "auto", worked):
-                swept(mine, ops, cuts, list(map(targets, mine.jobs)), run)
-            for job in batch:
-                if job.gather is not None:
-                    ops = backends.Ops("torch" if job.direct else "auto", reader.held(job), "cpu", worked)
-                    gathered.swept(job, reader, ops, cuts, targets(job), run, room)
+            for _ in on_cpu(batch, reader, cuts, targets, "auto", worked, run, room):
+                pass
         writer.commit({})

@@ -1,4 +1,4 @@
-"""Settings of the ops, drawn at random or kept in tests/corpus/settings.json, and what must come out of each."""
+"""Settings of the ops, drawn at random or kept in tests/corpus/settings, and what must come out of each."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ class Setting:
         return json.dumps(asdict(self))
 
     @classmethod
-    def read(cls, said: dict[str, Any]) -> Setting:
+    def read(cls, path: Path) -> Setting:
         """One that was written as `str` does it."""
+        said = json.loads(path.read_text())
         cases = [
             {
                 **case,
@@ -52,13 +53,6 @@ class Setting:
             for case in said["cases"]
         ]
         return cls(**{**said, "cases": tuple(Case(**case) for case in cases)})
-
-
-KEPT = Path(__file__).with_name("corpus") / "settings.json"
-
-
-def kept() -> list[Setting]:
-    return [Setting.read(said) for said in json.loads(KEPT.read_text())]
 
 
 # --- drawn ---

@@ -45,12 +45,11 @@ _PIPE = subprocess.PIPE
 
 
 class Core:
-    """`fastmerge._core`, but that its ops are the driver's. They meet the `fault`: their inputs are "cut" to half while
-    mapped, the tick says "stop", or files are on a "full" disk. A driver that ends is an AssertionError, with what it
-    said, and the next request goes to a new one."""
+    """`fastmerge._core`, but that its ops are the driver's. A driver that ends is an AssertionError, with what it said,
+    and the next request goes to a new one."""
 
     def __init__(self, start: Callable[[], subprocess.Popen[bytes]], said: IO[bytes]) -> None:
-        self.fault = ""
+        self._fault = ""
         self._real = compiled_core()._core
         self._start, self._said = start, said
         self._begun()
@@ -58,6 +57,16 @@ class Core:
     def end(self) -> None:
         self._process.communicate()
         assert self._process.returncode == 0, self._ended()
+
+    @contextmanager
+    def meeting(self, fault: str) -> Iterator[None]:
+        """Ops within the block meet a fault: mapped inputs are "cut" to half before they are read, the tick says
+        "stop", or files are on a "full" disk."""
+        self._fault = fault
+        try:
+            yield
+        finally:
+            self._fault = ""
 
     def _begun(self) -> None:
         self._process = self._start()
@@ -128,7 +137,7 @@ class Core:
         self._outcome(run[-1])
 
     def _begin(self, op: str, isa: str, threads: int, tile: int) -> None:
-        self._send(np.array([OPS.index(op), self._isas.index(isa), threads, tile, FAULTS.index(self.fault)]))
+        self._send(np.array([OPS.index(op), self._isas.index(isa), threads, tile, FAULTS.index(self._fault)]))
 
     def _outcome(self, tick: Callable[[int], None] | None) -> None:
         outcome, read = np.frombuffer(self._fetch(), np.int64).tolist()

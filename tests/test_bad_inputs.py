@@ -950,7 +950,8 @@ def _looks(path: Path) -> Iterator[object]:
     status = path.lstat()
     yield from (status.st_mode, status.st_ino)
     if stat.S_ISREG(status.st_mode):
-        yield from (status.st_size, status.st_mtime_ns, path.read_bytes() if status.st_size < 1_000_000 else None)
+        read = status.st_size < 1_000_000 and os.access(path, os.R_OK)
+        yield from (status.st_size, status.st_mtime_ns, path.read_bytes() if read else None)
 
 
 @contextmanager

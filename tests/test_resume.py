@@ -130,13 +130,18 @@ def test_ended_at_random_moments(folder: Path, expected: dict[str, dict[str, byt
     assert files(folder / "out") == expected["dare_ties --shard-size 60KB"]
 
 
-@pytest.mark.parametrize("nth", [6, 22])
-def test_several_outputs_go_on_too(folder: Path, layer: Path, nth: int) -> None:
+@pytest.mark.parametrize(
+    "fault", ["pwrite 6 KILL", "pwrite 22 KILL", "rename 9 KILL", "rename 10 INT", "rename 11 EIO"]
+)
+def test_several_outputs_go_on_too(folder: Path, layer: Path, fault: str) -> None:
+    """Also where the first of them is complete, and the second is not."""
     arguments = ["ties.yml", "out", "--vary", "lambda=0.5,1"]
     assert merge(folder, arguments).code == 0
     whole = files(folder / "out")
     shutil.rmtree(folder / "out")
-    assert merge(folder, arguments, layer=layer, fault=f"pwrite {nth} KILL").code < 0
+    assert merge(folder, arguments, layer=layer, fault=fault).code != 0
+    assert looks_whole(folder / "out" / "lambda=0.5") is fault.startswith("rename")
+    assert not looks_whole(folder / "out" / "lambda=1")
     assert merge(folder, arguments).code == 0
     assert files(folder / "out") == whole
 

@@ -134,14 +134,14 @@ uint32_t sweep_run(const Call& call, int from, int to) {
       F bases[vectors], means[vectors];
       read_base(at, bases);
       means_at(at, bases, means);
-      for (int v = 0; v < vectors; ++v) L::store(block_means + at - start + v * L::width, means[v]);
+      for (int v = 0; v < vectors; ++v) L::store(block_means + (at - start) + v * L::width, means[v]);
     }
     for (const Output* output = call.outputs; output < call.outputs + call.settings; ++output) {
       const F lambda = L::set(output->lambda);
       for (int at = start; at < end; at += line) {
         F bases[vectors], means[vectors];
         read_base(at, bases);
-        for (int v = 0; v < vectors; ++v) means[v] = L::load(block_means + at - start + v * L::width);
+        for (int v = 0; v < vectors; ++v) means[v] = L::load(block_means + (at - start) + v * L::width);
         finish(at, bases, means, lambda, *output);
       }
     }

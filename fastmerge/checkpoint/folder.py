@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -70,13 +71,13 @@ def clear(out: Path) -> None:
 
 def take_back(out: Path, kept: Collection[str]) -> None:
     """Hides again what an unfinished run has made visible, and removes what it hid but for the files of these names,
-    the journal and the stages."""
+    the journal and the stages; of those too, what would be written elsewhere."""
     for name in reversed(committing(out)):  # the one that completes the output first
         if os.path.lexists(out / name) and not os.path.lexists(out / temporary(name)):
             os.rename(out / name, out / temporary(name))
-    keep = {LOCK, JOURNAL, STAGES, *map(temporary, kept)}
+    keep = {STAGES, *map(temporary, kept)}
     for name in os.listdir(out):
-        if name.startswith(LEFTOVER) and name not in keep:
+        if name.startswith(LEFTOVER) and name not in (LOCK, JOURNAL) and (name not in keep or _linked(out / name)):
             _remove(out / name)
 
 
@@ -100,6 +101,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _linked(path: Path) -> bool:
+    """Whether a file, or one in a folder, is a link or has another name."""
+    status = os.lstat(path)
+    if stat.S_ISDIR(status.st_mode):
+        return any(_linked(entry) for entry in path.iterdir())
+    return stat.S_ISLNK(status.st_mode) or status.st_nlink > 1
 
 
 def temporary(name: str) -> str:

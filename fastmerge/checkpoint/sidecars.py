@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def sidecars(
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of the tokenizer in a folder, by name."""
-    return _read(folder, _there(folder, _TOKENIZER))
+    return _read(folder, _TOKENIZER)
 
 
 def is_sidecar(name: str) -> bool:
@@ -103,21 +103,19 @@ def _copied(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
             f"{folder} comes with code of its own, which is neither run nor copied: {', '.join(code)}; "
             "copy it beside the result if the model needs it"
         )
-    names = _there(folder, patterns)
-    if long := [name for name in names if (folder / name).stat().st_size > LONGEST_JSON]:
-        _warn(f"{folder} holds {', '.join(long)} of more than {LONGEST_JSON} bytes, which no such file has; not copied")
-    files = _read(folder, (name for name in names if name not in long))
+    files = _read(folder, patterns)
     for name, content in files.items():
         if damage := looks_like(content[:512]):
             _warn(f"{folder / name} {damage}; it is copied as it is")
     return files
 
 
-def _there(folder: Path, patterns: Sequence[str]) -> list[str]:
-    return [name for name in names_in(folder) if _is_one_of(name, patterns) and (folder / name).is_file()]
-
-
-def _read(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+    names = [name for name in names_in(folder) if _is_one_of(name, patterns) and (folder / name).is_file()]
+    for name in names:
+        if (size := (folder / name).stat().st_size) > LONGEST_JSON:
+            _warn(f"{folder / name} has {size} bytes, more than the {LONGEST_JSON} that are read; it is left out")
+            names = [other for other in names if other != name]
     return {name: read_small(folder / name) for name in names}
 
 

@@ -109,7 +109,7 @@ class Writer:
         self._recorder.close()
         self._open.clear()
         again = kind is not None and issubclass(kind, FastmergeError) and not issubclass(kind, OutputError)
-        keep = self._journal.whole and not self._committed and not again
+        keep = self._journal.whole and not again and (kind is not None or not self._committed)
         try:
             with suppress(OSError):
                 if not keep:
@@ -179,7 +179,7 @@ class Writer:
         safe on disk under hidden names. Then, where an earlier output is replaced, its config and index go, without
         which nothing loads it, then its weights and the files beside them. Only then do the new files take their names,
         and the one that a loader begins with, the index or the only weight file, is the last. A crash among the renames
-        leaves a list of them, by which the next run tells its own files and removes them.
+        leaves a list of them, by which the next run tells its own files.
         """
         files = dict(sidecars)
         if self._layout.weight_index is not None:
@@ -205,7 +205,6 @@ class Writer:
             os.rename(self._hidden(last), self._out / last)
             self._committed = True
             system.sync(self._out)
-            os.unlink(self._out / COMMIT)
 
     def _file(self, shard: str) -> Descriptor:
         with self._opening:
@@ -231,8 +230,9 @@ class Writer:
     def _goes_on(self) -> bool:
         """Whether what an earlier run left is taken up; OutputError where it is of something else."""
         was, now = self._journal.plan, self._plan
+        whole = finished(self._out)  # where other outputs of the same merge are not
         parts = any(name.startswith(LEFTOVER) and name.endswith(".part") for name in os.listdir(self._out))
-        if self._restart or not self._journal.whole or not parts or (was != now and finished(self._out)):
+        if self._restart or not self._journal.whole or not (parts or whole) or (whole and was != now):
             return False
         if was is None or now is None:
             raise OutputError(f"{self._out} holds an unfinished merge: choose another folder, or delete it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,9 +43,11 @@ def recipe_of(
     models: Sequence[tuple[str | dict[str, str], dict[str, Any]]],
     parameters: Mapping[str, Any],
 ) -> Recipe:
-    """A recipe over models with parameters each, and those of all; JSON is YAML."""
+    """A recipe over models with parameters each, and those of all; JSON is YAML, but for characters that end its lines
+    or that it knows by their numbers alone."""
     recipe: dict[str, Any] = {"merge_method": method}
     recipe |= {} if base is None else {"base_model": {"model": os.fspath(base)}}
     recipe |= {"parameters": dict(parameters)} if parameters else {}
     recipe["models"] = [{"model": model, "parameters": own} if own else {"model": model} for model, own in models]
-    return Recipe.parse(json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
+    return Recipe.parse(re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda one: f"\\u{ord(one[0]):04x}", text))
