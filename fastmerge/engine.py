@@ -161,6 +161,7 @@ def merge(
         health = _run(result, written, writers, work)
         watch.finish()
         made_from = provenance.inputs_of(result, full=hash == "full", threads=work.threads)
+        _check_unchanged([model for stage in plan.stages for model in stage.models])
         for number, variant in enumerate(plan.variants):
             folder, writer = folders[variant.name], writers[variant.name]
             writer.settle()
@@ -402,9 +403,10 @@ def _done(
             yield from by_cpu(jobs)
 
 
-def _check_unchanged(models: Sequence[Checkpoint]) -> None:
+def _check_unchanged(models: Sequence[Checkpoint | Planned]) -> None:
     for model in models:
-        model.check_unchanged()
+        if isinstance(model, Checkpoint):
+            model.check_unchanged()
 
 
 # --- what is said ---

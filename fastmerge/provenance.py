@@ -190,7 +190,7 @@ def _leaves(stage: Stage) -> Iterator[tuple[Input, dict[str, Path]]]:
         else:
             role = "base" if model == document.base_model else "model"
             files = {_inside(file, whole.folder): file for file in whole.files}
-            files |= {name: whole.folder / name for name in tokenizer_files(whole.folder) if tokenized}
+            files |= {name: whole.folder / name for name in (tokenizer_files(whole.folder) if tokenized else ())}
             yield Input(model.name, getattr(whole, "commit", None), role, {}), files
         if adapter is not None and model.adapter is not None:
             names = [ADAPTER_CONFIG, *(tokenizer_files(adapter.folder) if tokenized else ())]
@@ -254,7 +254,7 @@ def _settings(job: Job, variant: int, names: Sequence[str]) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, allow_nan=False)
 
 
 def _block(opening: str, lines: Iterable[str], closing: str) -> str:

@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def family(dtype: torch.dtype = torch.float32, shapes: Mapping[str, tuple[int, .
 
 def save_all(models: Mapping[str, Tensors]) -> None:
     for name, tensors in models.items():
-        save(name, tensors)
+        save(name, tensors, num_hidden_layers=6)
 
 
 def merged(text: str, out: str = "out", **options: Any) -> Health:
@@ -167,7 +168,7 @@ def test_a_sample_is_near_the_whole() -> None:
 @pytest.mark.parametrize("elements", [1, WHOLE, WHOLE + 1, 123_457, 1 << 24, 10**9, 1 << 40])
 def test_windows_are_spread_from_end_to_end(elements: int) -> None:
     begins, width = windows(elements)
-    gaps = {after - before for before, after in zip(begins, begins[1:], strict=False)}
+    gaps = {after - before for before, after in pairwise(begins)}
     assert (begins[0], begins[-1] + width) == (0, elements)
     assert max(gaps, default=width) - min(gaps, default=width) <= 1
     assert min(gaps, default=width) >= width
@@ -192,7 +193,8 @@ def test_a_base_of_zeros_has_no_relation() -> None:
 
 
 def test_figures_that_are_too_large_for_a_float_are_null() -> None:
-    save_all({"base": {"w": torch.ones(9).double()}, "a": {"w": torch.full((9,), 1e300).double()}})
+    base = torch.ones(9, dtype=torch.float64)
+    save_all({"base": {"w": base}, "a": {"w": base * 1e300}})
     assert merged(ONE + "out_dtype: float64\n").to_json()["models"][1]["deltas"]["norm"] is None
     assert provenance.read("out").health["models"][1]["deltas"]["norm"] is None
 
@@ -269,7 +271,7 @@ def changed(values: torch.Tensor, share: float, to: float, more: int = 0) -> tor
     return values
 
 
-COUNT = 4000  # looked at as a whole; a share of 1 % is a whole number of elements
+COUNT = 2000  # looked at as a whole; a share of 1 % is a whole number of elements
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_deltas_of_continued_pretraining_are_told_where_they_are_dropped(text: s
     told = warned({"w": base}, {"w": changed(base, DARE_BEYOND, 1 + 2 * DARE_RANGE, more=1)}, text)
     assert len(told) == bool(word)
     for sentence in told:
-        assert sentence.startswith("a: 1.02% of its deltas are larger than 0.005 (threshold 1%), as after continued")
+        assert sentence.startswith("a: 1.05% of its deltas are larger than 0.005 (threshold 1%), as after continued")
         assert sentence.endswith("(density 0.5); raise the density, or merge by ties")
 
 
@@ -322,7 +324,7 @@ def test_inputs_that_are_denormal_are_told(dtype: str) -> None:
         told = warned({"w": base}, {"w": changed(base, DENORMAL, small, more)})
         found = by_name(merged(ONE, f"again-{more}"))["a"]
         assert found.denormal == pytest.approx(DENORMAL + more / COUNT)
-        assert [each.startswith("a: 1.02% of its elements are denormal (threshold 1%)") for each in told] == [
+        assert [each.startswith("a: 1.05% of its elements are denormal (threshold 1%)") for each in told] == [
             True
         ] * more
 
@@ -337,7 +339,7 @@ def test_deltas_that_are_denormal_are_told() -> None:
     base = torch.full((COUNT,), 1e-37)
     for more in (0, 1):
         told = warned({"w": base}, {"w": changed(base, DENORMAL, 1.01e-37, more)})
-        assert [each.startswith("a: 1.02% of its deltas are denormal (threshold 1%)") for each in told] == [True] * more
+        assert [each.startswith("a: 1.05% of its deltas are denormal (threshold 1%)") for each in told] == [True] * more
 
 
 def test_a_model_that_is_the_base_is_told_beside_others_that_are_not() -> None:
@@ -380,10 +382,9 @@ def test_a_layer_that_stands_out_is_told(times: float) -> None:
         told = warned(base, model, ONE + "dtype: float32\n")
         assert len(told) == (beyond > 1)
         for sentence in told:
-            begin = (
-                f"a: in model.layers the deltas of layers 4 stand out, those of 4 by an rms {factor:.3g} times the me"
-            )
+            begin = "a: in model.layers the deltas of layers 4 stand out, those of 4 by an rms "
             assert sentence.startswith(begin)
+            assert float(sentence.removeprefix(begin).split()[0]) == pytest.approx(factor, rel=0.02)
             assert "(threshold 4 times either way, and 3.5 robust deviations)" in sentence
 
 
@@ -582,8 +583,9 @@ def test_the_table_has_each_model_and_each_layer() -> None:
     assert found["norm over base's"] == ["-", *(f"{each['relative']:.3g}" for each in deltas[1:])]
     norms = [each["norms"] for each in record["layers"]]
     for layer in range(6):
-        mark = " stands out" if layer == 3 else ""
-        assert found[f"model.layers.{layer}"] == ["-", f"{norms[0][layer]:.3g}", f"{norms[1][layer]:.3g}{mark}"]
+        (_, a, b) = found[f"model.layers.{layer}"]
+        assert b.endswith(" stands out") == (layer == 3)
+        assert [float(a), float(b.split()[0])] == pytest.approx([each[layer] for each in norms], rel=0.005)
     size = len(SHAPES) - 1, len(SHAPES)
     assert f"shares and sizes are from 1 of the elements, {size[0]} of {size[1]} tensors; fastmerge diff" in out
 
@@ -626,55 +628,59 @@ METHODS = {
     "arcee_fusion": "merge_method: arcee_fusion\nbase_model: base\nmodels: [model: a]\n",
     "slerp": f"merge_method: slerp\nbase_model: a\n{TWO}parameters: {{t: 0.4}}\n",
     "nuslerp": f"merge_method: nuslerp\n{TWO}parameters: {{weight: [0.2, 0.7]}}\n",
-    "nuslerp-rows": f"merge_method: nuslerp\n{TWO}parameters: {{weight: 1, nuslerp_flatten: false, nuslerp_row_wise: true}}\n",
-    "nuslerp-columns": f"merge_method: nuslerp\n{TWO}parameters: {{weight: 1, nuslerp_flatten: false}}\n",
+    "nuslerp-rows": f"merge_method: nuslerp\n{TWO}parameters: {{weight: 1, nuslerp_flatten: false}}\n",
+    "nuslerp-columns": (
+        f"merge_method: nuslerp\n{TWO}parameters: {{weight: 1, nuslerp_flatten: false, nuslerp_row_wise: true}}\n"
+    ),
     "multislerp": f"merge_method: multislerp\n{THREE}parameters: {{weight: [0.2, 0.7]}}\n",
     "karcher": "merge_method: karcher\nmodels: [model: a, model: b, model: c]\n",
     "model_stock": f"merge_method: model_stock\n{THREE}",
 }
+DIRECT = ("della", "della_linear", "sce", "ramplus_tl", "arcee_fusion", "nuslerp-columns")
 #: Where what is infinite is one of the largest, and nothing else is made of it.
 SELECTING = ("ties", "ties-all", "ties-of-model", "breadcrumbs")
 UP, WIDE = "layers.0.up.weight", "layers.1.wide.weight"
 PLACES = {"a": (137, 138, 900), "b": (500, 138), "base": (700,)}
 
 
-@pytest.mark.parametrize("backend", ["torch", *(ISAS or ["compiled"])])
-@pytest.mark.parametrize(
-    ("method", "value"),
-    [*((method, np.nan) for method in METHODS), *((method, np.inf) for method in SELECTING)],
-)
+CASES = [
+    (method, value, backend)
+    for method in METHODS
+    for value in ((np.nan, np.inf) if method in SELECTING else (np.nan,))
+    for backend in ("torch", *(() if method in DIRECT else ISAS or ("compiled",)))
+]
+
+
+@pytest.mark.parametrize(("method", "value", "backend"), CASES)
 def test_what_is_not_finite_changes_nothing_elsewhere(
     monkeypatch: pytest.MonkeyPatch, method: str, value: float, backend: str
 ) -> None:
     """A merge where a NaN was the base's number, so that its delta is zero, or 0 without a base, differs at most where
     the NaN was; an Inf is as a number that is larger than all others."""
     text = METHODS[method]
-    if backend != "torch" and (fused := "direct" not in kinds(method)):
+    if backend != "torch":
         native = compiled_core()
         if backend not in native.isas():
             pytest.skip(native.why_not(backend))
         monkeypatch.setenv("FASTMERGE_ISA", backend)
-    elif backend != "torch":
-        pytest.skip("it runs by torch alone")
-    else:
-        fused = False
-    models = {name: tensors for name, tensors in four().items() if name in text or f"model: {name}" in text}
+        backend = "cpu"
+    models = {name: tensors for name, tensors in four().items() if f"model: {name}" in text}
     stand_ins = {name: {key: tensor.clone() for key, tensor in tensors.items()} for name, tensors in models.items()}
     for name, places in PLACES.items():
         for key, at in ((key, at) for key in (UP, WIDE) for at in places if name in models):
-            if name == "base":
+            if value == np.inf:
+                stand_ins[name][key].view(-1)[at] = 3e38
+            elif name == "base":
                 for each in stand_ins.values():
                     each[key].view(-1)[at] = 0
-            elif value == np.inf:
-                stand_ins[name][key].view(-1)[at] = 3e38
             else:
                 stand_ins[name][key].view(-1)[at] = stand_ins["base"][key].view(-1)[at] if "base" in models else 0
             models[name][key].view(-1)[at] = value
     save_all(models)
-    fastmerge.merge(Recipe.parse(text), "found", nonfinite="propagate", backend="cpu" if fused else backend)
+    fastmerge.merge(Recipe.parse(text), "found", nonfinite="propagate", backend=backend)
     for name, tensors in stand_ins.items():
         save_file(tensors, f"{name}/model.safetensors")
-    fastmerge.merge(Recipe.parse(text), "expected", backend="cpu" if fused else backend)
+    fastmerge.merge(Recipe.parse(text), "expected", backend=backend)
     found, expected = (load_file(f"{folder}/model.safetensors") for folder in ("found", "expected"))
     for key, tensor in expected.items():
         elsewhere = torch.ones(tensor.numel(), dtype=torch.bool)
@@ -682,12 +688,6 @@ def test_what_is_not_finite_changes_nothing_elsewhere(
             elsewhere[[at for name in models for at in PLACES.get(name, ())]] = False
         here, there = (each[key].view(-1)[elsewhere].view(torch.int32) for each in (found, expected))
         assert torch.equal(here, there), f"{int((here != there).sum())} elements of {key} differ"
-
-
-def kinds(method: str) -> str:
-    return (
-        "direct" if method in ("della", "della_linear", "sce", "ramplus_tl", "arcee_fusion", "nuslerp-columns") else ""
-    )
 
 
 def four() -> dict[str, Tensors]:

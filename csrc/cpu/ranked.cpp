@@ -83,10 +83,20 @@ void guess_at(Guess& guess, int64_t place, int64_t elements, Phase phase) {
   guess.ties_end[phase] = static_cast<int64_t>(into * static_cast<double>(elements));
 }
 
+// A worker's memory: the kernels' scratch, then the samples of each model.
+size_t samples_at(const Tensor& tensor) {
+  return (Scratch::bytes(tensor.inputs) + 63) / 64 * 64;
+}
+
+size_t worker_bytes(const Tensor& tensor) {
+  return samples_at(tensor) + static_cast<size_t>(tensor.models * SAMPLES) * sizeof(uint32_t);
+}
+
 void look_ahead(Ranked& ranked, const Kernels& kernels, char* block) {
   const Tensor& tensor = ranked.merge.tensor;
   const int64_t stride = tensor.elements / RUNS;
-  std::vector<uint32_t> samples(static_cast<size_t>(tensor.models * SAMPLES));
+  // Nothing is owned here: where an input is cut, this is left by a jump.
+  uint32_t* const samples = reinterpret_cast<uint32_t*>(block + samples_at(tensor));
   Scratch scratch(block, tensor.inputs);
   constexpr int64_t AHEAD = 8;  // runs: each is a miss of its own
   for (int64_t run = -AHEAD; run < RUNS; ++run) {
@@ -96,7 +106,7 @@ void look_ahead(Ranked& ranked, const Kernels& kernels, char* block) {
     if (run < 0) continue;
     kernels.deltas(tensor, run * stride, RUN, true, scratch);
     for (int model = 0; model < tensor.models; ++model) {
-      uint32_t* to = samples.data() + model * SAMPLES + run * RUN;
+      uint32_t* to = samples + model * SAMPLES + run * RUN;
       for (int i = 0; i < RUN; ++i) to[i] = to_bits(scratch.wide[model * CHUNK + i]) & 0x7fffffff;
     }
   }
@@ -112,7 +122,7 @@ void look_ahead(Ranked& ranked, const Kernels& kernels, char* block) {
     const double share = ranked.share(model);
     const auto place = static_cast<int64_t>(share * SAMPLES);
     const auto margin = static_cast<int64_t>(MARGIN * deviation(share, SAMPLES) * SAMPLES) + 16;
-    uint32_t* near = samples.data() + model * SAMPLES;
+    uint32_t* near = samples + model * SAMPLES;
     int64_t count = SAMPLES;
     const int64_t first = std::max<int64_t>(place - margin, 0), last = std::min(place + margin, SAMPLES) - 1;
     const int64_t larger = narrow_to(near, count, first, last);
@@ -253,7 +263,7 @@ void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int6
   };
   const auto for_each = [&](const auto& work) {
     size_t bytes = 0;
-    for (const Ranked* ranked : one_read) bytes = std::max(bytes, Scratch::bytes(ranked->merge.tensor.inputs));
+    for (const Ranked* ranked : one_read) bytes = std::max(bytes, worker_bytes(ranked->merge.tensor));
     parallel(static_cast<int64_t>(one_read.size()), crew.threads, bytes, crew.tick, [&](int64_t item, char* block) {
       work(*one_read[static_cast<size_t>(item)], block);
       return int64_t{0};

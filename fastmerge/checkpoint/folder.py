@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .. import system
@@ -83,11 +84,17 @@ def take_back(out: Path, kept: Collection[str]) -> None:
 
 def committing(out: Path) -> list[str]:
     """The files that a commit was giving their names, the one that completes the output last."""
-    try:
-        names = os.fsdecode((out / COMMIT).read_bytes()).split("\n")
-    except FileNotFoundError:
-        return []
+    names = os.fsdecode(left_in(out / COMMIT)).split("\n")
     return [os.path.basename(name) for name in names if os.path.basename(name)]
+
+
+def left_in(path: Path) -> bytes:
+    """What an earlier run left in a file of its own; nothing of a link, or of a pipe that nobody writes to."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | system.FLAGS | system.NO_LINK | system.NO_WAIT)
+        with open(descriptor, "rb") as file:
+            return file.read()
+    return b""
 
 
 def finished(out: Path) -> bool:

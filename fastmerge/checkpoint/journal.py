@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from .. import system
+from .folder import left_in
 
 _FORMAT = 1
 _TOGETHER_BYTES = 1 << 26  # of tensors that are noted together
@@ -41,7 +42,7 @@ class Journal:
         self._path = path
         self.plan: Mapping[str, Any] | None = None  # None: there is no journal, or it was cut in its first line
         self.whole: dict[str, Whole] = {}
-        data = _read(path)
+        data = left_in(path)
         self._cut = not data.endswith(b"\n")
         first, *lines = data.split(b"\n")
         with suppress(ValueError, TypeError, KeyError):
@@ -141,11 +142,3 @@ def hashes_of(path: Path, places: Sequence[tuple[int, int]]) -> list[str]:
 def _hash(view: memoryview, begin: int, end: int) -> str:
     with view[begin:end] as part:
         return xxhash.xxh3_128_hexdigest(part)
-
-
-def _read(path: Path) -> bytes:
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | system.FLAGS | system.NO_LINK | system.NO_WAIT)
-        with open(descriptor, "rb") as file:
-            return file.read()
-    return b""
