@@ -60,6 +60,15 @@ soak: .venv/tests
 neon: .venv/tests
 	$(BIN)/python -m pytest tests/test_neon.py $(ARGS)
 
+# More hostile files and settings of the ops than make test tries, and others; what fails stays in tests/corpus. The
+# second compiles the core with the sanitizers of addresses, undefined behaviour and threads.
+EXAMPLES ?= 20000
+fuzz: .venv/tests
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py -s $(ARGS)
+
+sanitize: .venv/tests
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/test_sanitized.py -s $(ARGS)
+
 # make bench OP=merge CASE=mlp METHOD=ties runs one op on one case, PROVIDER=path.py with a provider of one's own beside
 # ours, PARAMS=1.1e9 with models of that size on disk. Then the page of all that was ever measured here: bench/page/.
 CHOSEN = $(if $(PROVIDER),--provider $(PROVIDER)) $(if $(OP),--op $(OP)) $(if $(CASE),--case $(CASE)) \

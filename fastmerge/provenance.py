@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import xxhash
 
 from .checkpoint import tokenizer_files
-from .checkpoint.header import LONGEST_JSON, looks_like, open_regular, parse_json
+from .checkpoint.header import looks_like, open_regular, parse_json, read_small
 from .errors import CheckpointError
 from .planner import Job, Planned, Stage
 from .sources.adapter import CONFIG as ADAPTER_CONFIG
@@ -269,11 +269,8 @@ def read(folder: str | os.PathLike[str]) -> Record:
     path = Path(folder, FILE)
     if os.path.isdir(folder) and not os.path.lexists(path):
         raise CheckpointError(f"{folder} has no {FILE}: name a folder that `fastmerge merge` has written")
-    with open_regular(path) as file:
-        data = file.read(LONGEST_JSON + 1)
+    data = read_small(path)
     try:
-        if len(data) > LONGEST_JSON:
-            raise ValueError(f"it has more than {LONGEST_JSON} bytes")
         return _record(parse_json(data))
     except ValueError as error:
         reason = looks_like(data[:512]) or f"is not the record of a merge: {error!s:.500}; merge again"

@@ -38,6 +38,7 @@ from fastmerge.health import (
     outliers,
     windows,
 )
+from fastmerge.planner import plan
 from fastmerge.recipe import Recipe
 
 BASED = "base_model: base\nmodels: [{model: a, parameters: {weight: 0.7}}, {model: b, parameters: {weight: 0.4}}]\n"
@@ -237,6 +238,15 @@ def test_nan_and_inf_are_all_counted_and_left_out_of_the_figures() -> None:
     ]
 
 
+def test_shares_are_of_the_deltas_that_are_finite() -> None:
+    base, model = torch.ones(100), torch.ones(100)
+    model[:20], model[20:36] = np.nan, 2
+    save_all({"base": {"w": base}, "a": {"w": model}})
+    deltas = only(merged(ONE, nonfinite="propagate"))
+    assert (deltas.zero, deltas.beyond, deltas.mean) == (0.8, 0.2, 0.2)
+    assert deltas.relative == pytest.approx((16 / 80) ** 0.5)
+
+
 def test_a_model_of_nan_has_no_deltas() -> None:
     save_all({"base": {"w": torch.ones(40)}, "a": {"w": torch.full((40,), np.nan)}})
     found = merged(ONE, nonfinite="propagate")
@@ -252,6 +262,15 @@ def test_overflow_is_counted_for_each_output() -> None:
     assert found.overflow == {"lambda=1": {}, "lambda=8": {"w": 40}}
     for output, counts in found.overflow.items():
         assert provenance.read(f"out/{output}").health["overflow"] == counts
+
+
+def test_overflow_is_in_the_order_of_the_plan() -> None:
+    """In whatever order tensors were done, some of them before."""
+    save_all(family())
+    (stage,) = plan(Recipe.parse(ONE)).stages
+    counts = {job.name: number + 1 for number, job in enumerate(stage.jobs)}
+    found = health.Checkup(stage, batches.Reader(stage.models, False)).health({"": dict(reversed(counts.items()))})
+    assert list(found.to_json()["overflow"].items()) == list(counts.items())
 
 
 # --- thresholds ---
@@ -344,7 +363,7 @@ def test_deltas_that_are_denormal_are_told() -> None:
 
 def test_a_model_that_is_the_base_is_told_beside_others_that_are_not() -> None:
     models = family()
-    models["b"] = models["base"]
+    models["b"] = {name: tensor.clone() for name, tensor in models["base"].items()}
     save_all(models)
     assert merged(ARITHMETIC).warnings == (
         "b: all deltas in the sample are zero (threshold 100%); look whether it is the base again",
@@ -352,6 +371,10 @@ def test_a_model_that_is_the_base_is_told_beside_others_that_are_not() -> None:
     models["b"]["model.scalar"] += 1
     save_file(models["b"], "b/model.safetensors")
     assert merged(ARITHMETIC, "again").warnings == ()
+    for model in "ab":
+        save_file(models["base"], f"{model}/model.safetensors")
+    with pytest.warns(FastmergeWarning, match="the base is identical to every model"):
+        assert merged(ARITHMETIC, "same").warnings == ()
 
 
 # --- layers ---
@@ -616,7 +639,7 @@ METHODS = {
     "ties-rescaled": f"merge_method: ties\n{THREE}parameters: {{weight: 0.7, density: 0.3, rescale: l2}}\n",
     "ties-of-model": f"merge_method: ties\n{THREE}parameters: {{weight: 0.7, density: 0.3, scope: model}}\n",
     "breadcrumbs": f"merge_method: breadcrumbs\n{THREE}parameters: {{weight: 0.4, density: 0.6, gamma: 0.1}}\n",
-    "breadcrumbs_ties": f"merge_method: breadcrumbs_ties\n{THREE}parameters: {{density: 0.6, weight: 1, rescale: true}}\n",
+    "breadcrumbs_ties": f"merge_method: breadcrumbs_ties\n{THREE}parameters: {{weight: 1, density: 0.6, rescale: l1}}",
     "dare_linear": f"merge_method: dare_linear\n{THREE}parameters: {{weight: 0.4, density: 0.6, rescale: l1}}\n",
     "dare_ties": f"merge_method: dare_ties\n{THREE}parameters: {{weight: 0.4, density: 0.6}}\n",
     "della": f"merge_method: della\n{THREE}parameters: {{weight: 0.4, density: 0.6}}\n",

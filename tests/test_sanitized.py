@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -57,9 +56,7 @@ class Ops:
     twice."""
 
     RUN = Run(3)
-    SWEEP = Sweep(
-        (Part(0.5, magnitude=1.0, ties_end=EVERY), Part(-1.0)), Keep.ABOVE, Elect.WEIGHTED, mean=Mean.WEIGHTS
-    )
+    SWEEP = Sweep((Part(0.5, magnitude=1.0, ties_end=EVERY), Part(-1.0)), Keep.ABOVE, Elect.WEIGHTED, mean=Mean.WEIGHTS)
 
     def __init__(self, native: ModuleType, file: int = -1) -> None:
         rng = np.random.default_rng(1)

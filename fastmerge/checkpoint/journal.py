@@ -45,13 +45,14 @@ class Journal:
         data = left_in(path)
         self._cut = not data.endswith(b"\n")
         first, *lines = data.split(b"\n")
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             said = json.loads(first)
-            self.plan = said["plan"] if said["journal"] == _FORMAT else None
+            self.plan = said["plan"] if said["journal"] == _FORMAT and type(said["plan"]) is dict else None
         for line in lines:
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 tensor, *rest = json.loads(line)
-                self.whole[tensor] = Whole(*rest)
+                if type(tensor) is str and _is_sound(whole := Whole(*rest)):
+                    self.whole[tensor] = whole
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """A new journal, in which no tensor is whole."""
@@ -77,6 +78,13 @@ class Journal:
                 data = data[os.write(descriptor, data) :]
         finally:
             os.close(descriptor)
+
+
+def _is_sound(whole: Whole) -> bool:
+    """Whether what was read is of the types that are written."""
+    if not (type(whole.hash) is str and type(whole.overflow) is int and type(whole.worked) is dict):
+        return False
+    return all(type(ops) is list and all(type(op) is str for op in ops) for ops in whole.worked.values())
 
 
 class Recorder:

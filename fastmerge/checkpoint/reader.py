@@ -276,9 +276,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and how many more there are; those that would steer a terminal are quoted."""
     rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    shown = [name if name.isprintable() else repr(name) for name in names[:_LISTED]]
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _warn(message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class _Config:
         entries = self._take(key, sound_entries, "an object of numbers", {})
         try:
             return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in entries.items()]
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             fault = f"{key} has a pattern that is no regular expression ({error}); mend it"
             raise CheckpointError(f"{self._path}: {fault}") from None
 
@@ -184,11 +185,11 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 1 << 31
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_flag(value: Any) -> bool:

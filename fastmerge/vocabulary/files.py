@@ -56,7 +56,7 @@ def open_tokenizer(name: str, files: Mapping[str, bytes]) -> Tokenizer | None:
             if damage := looks_like(files[file][:512]):
                 raise CheckpointError(f"{file} of {name!r} {damage}")
             try:
-                return _with_late_tokens(read(name, files))
+                return _checked(_with_late_tokens(read(name, files)))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise CheckpointError(f"the {file} of {name!r} cannot be read ({reason}); {REMEDY}") from None
@@ -190,9 +190,11 @@ def _from_json(name: str, files: Mapping[str, bytes]) -> Tokenizer:
     for entry in sorted(said.get("added_tokens") or [], key=lambda entry: int(entry["id"])):
         ids.setdefault(entry["content"], int(entry["id"]))
         added[entry["content"]] = _flags(entry)
-    if not all(isinstance(id_, int) and id_ >= 0 for id_ in ids.values()):
-        raise ValueError("an id is not a whole number")
     merges = [(a, b) for a, b in (_pair(rule) for rule in model.get("merges") or [])]
+    if not all(type(a) is type(b) is str for a, b in merges):
+        raise ValueError("a rule of its merges is not of two tokens")
+    if not all(isinstance(model.get(key) or "", str) for key in ("continuing_subword_prefix", "end_of_word_suffix")):
+        raise ValueError("a prefix or suffix of its model is not text")
     return Tokenizer(name, files, said, ids, added, merges, scores)
 
 
@@ -301,6 +303,18 @@ def _with_late_tokens(tokenizer: Tokenizer) -> Tokenizer:
             if key.endswith("_token") and isinstance(token := entry.get("content"), str) and token in ids:
                 added.setdefault(token, _flags({**entry, "special": True}))
     return replace(tokenizer, ids=dict(sorted(ids.items(), key=lambda entry: entry[1])), added=added)
+
+
+def _checked(tokenizer: Tokenizer) -> Tokenizer:
+    if not all(type(token) is str for token in tokenizer.ids):
+        raise ValueError("a token is not text")
+    if not all(type(id_) is int and 0 <= id_ < _MOST_IDS for id_ in tokenizer.ids.values()):
+        raise ValueError(f"an id is not a whole number below {_MOST_IDS}")
+    return tokenizer
+
+
+#: Sixteen times as many as the largest vocabularies have: a row is planned for each id.
+_MOST_IDS = 1 << 22
 
 
 def _flags(entry: Mapping[str, Any]) -> dict[str, bool]:
