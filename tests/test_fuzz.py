@@ -531,7 +531,7 @@ def in_memory(draw: st.DrawFn) -> tuple[str, list[torch.Tensor], torch.Tensor | 
 def test_no_layout_of_a_tensor_changes_a_bit() -> None:
     """It is refused, or merged as its contiguous copy is."""
     compiled_core()
-    refused = []
+    merged = []
     with fuzzing.counted("layouts of tensors") as count:
 
         @fuzzing.examples(200)
@@ -544,9 +544,9 @@ def test_no_layout_of_a_tensor_changes_a_bit() -> None:
             found: list[torch.Tensor] = []
             if message := refusal(lambda: found.append(merge_tensors(method, models, base, **parameters))):
                 assert "contiguous" in message
-                refused.append(message)
+            merged.extend(found)
             for each in found:
                 assert torch.equal(each.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
 
         tried()
-    assert len(refused) < 150, "hardly any were merged"
+    assert len(merged) > 40, "hardly any were not refused"

@@ -57,7 +57,7 @@ def open_tokenizer(name: str, files: Mapping[str, bytes]) -> Tokenizer | None:
                 raise CheckpointError(f"{file} of {name!r} {damage}")
             try:
                 return _checked(_with_late_tokens(read(name, files)))
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
+            except _DAMAGE as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise CheckpointError(f"the {file} of {name!r} cannot be read ({reason}); {REMEDY}") from None
     if unknown := files.keys() - _BESIDE.keys():
@@ -65,6 +65,8 @@ def open_tokenizer(name: str, files: Mapping[str, bytes]) -> Tokenizer | None:
     return None
 
 
+#: What reading a file raises that is not what its name says.
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
 #: What to do about a tokenizer that cannot be read or changed.
 REMEDY = (
     "save it as a fast tokenizer, which writes tokenizer.json: transformers'"
@@ -394,4 +396,7 @@ _FORKS = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file")
 
 
 def _text(value: Any, indent: int | None) -> bytes:
-    return json.dumps(value, ensure_ascii=False, indent=indent).encode() + b"\n"
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent).encode() + b"\n"
+    except UnicodeEncodeError:
+        raise CheckpointError(f"a tokenizer holds half a surrogate pair, which is no text; {REMEDY}") from None
