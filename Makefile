@@ -61,13 +61,17 @@ neon: .venv/tests
 	$(BIN)/python -m pytest tests/test_neon.py $(ARGS)
 
 # More hostile files and settings of the ops than make test tries, and others; what fails stays in tests/corpus. The
-# second compiles the core with the sanitizers of addresses, undefined behaviour and threads.
+# second compiles the core with the sanitizers of addresses, undefined behaviour and threads, and the emulated GPU with the
+# first of them, but for what throws on a fiber or runs nvcc; Python itself leaks.
 EXAMPLES ?= 20000
 fuzz: .venv/tests
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py -s $(ARGS)
 
 sanitize: .venv/tests
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/test_sanitized.py -s $(ARGS)
+	EMULATED_FLAGS="-O1 -g1 -fsanitize=address" ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest tests/test_cuda.py tests/test_cuda_select.py -k 'not is_a_fault and not sm_' $(ARGS)
 
 # make bench OP=merge CASE=mlp METHOD=ties runs one op on one case, PROVIDER=path.py with a provider of one's own beside
 # ours, PARAMS=1.1e9 with models of that size on disk. Then the page of all that was ever measured here: bench/page/.

@@ -368,7 +368,12 @@ def _layers(at: Marked) -> tuple[int, int]:
     if not 0 <= start < end:
         fault = "reversed" if start > end else "empty" if start == end else "negative"
         raise at.error(f"layer_range [{start}, {end}] is {fault}; write [start, end] with start < end")
+    if end > _MOST_LAYERS:
+        raise at.error(f"layer_range ends at {end:.4g}, and no model has so many layers; write [start, end]")
     return start, end
+
+
+_MOST_LAYERS = 1_000_000
 
 
 # --- models ---

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,12 @@ def lock(file: int) -> None:
         windows.locking(file, windows.LK_NBLCK, 1)
     except OSError as error:
         raise BlockingIOError(error.errno, error.strerror) from None
+
+
+def stand_back() -> None:
+    """Lets the calling thread have the processors that no other wants, where threads have priorities of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
+#: For a sanitizer, as `make sanitize` has it.
+FURTHER = tuple(os.environ.get("EMULATED_FLAGS", "").split())
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
@@ -56,7 +59,7 @@ def built(name: str, sources: Sequence[Path], includes: Sequence[Path], defines:
     compiler = shutil.which("g++")
     if not compiler:
         pytest.skip("no g++ to compile the CUDA emulator with")
-    command = [compiler, *FLAGS, *WARNINGS, *defines, *(f"-I{folder}" for folder in includes)]
+    command = [compiler, *FLAGS, *FURTHER, *WARNINGS, *defines, *(f"-I{folder}" for folder in includes)]
     folder = ROOT / "build" / "emulated" / f"{name}-{_digest(sources, command)}"
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.exists():
@@ -71,7 +74,7 @@ def built(name: str, sources: Sequence[Path], includes: Sequence[Path], defines:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     unfinished = library.with_suffix(".part")
-    _run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)])
+    _run([compiler, "-shared", *FURTHER, *map(str, objects), "-o", str(unfinished)])
     unfinished.rename(library)
     return library
 

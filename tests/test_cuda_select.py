@@ -185,7 +185,8 @@ def test_gram_over_many_grains(provider: ModuleType, models: int) -> None:
     """Multiples of 1/64 whose sums are exact in float64, so that nothing is to be tolerated."""
     rng = np.random.default_rng(25)
     vectors = [rng.integers(-64, 65, 70_003) / 64 for _ in range(models)]
-    (found,) = provider.gram([Tensors([(vector, "BF16") for vector in vectors]).inputs], Run())
+    tensors = Tensors([(vector, "BF16") for vector in vectors])
+    (found,) = provider.gram([tensors.inputs], Run())
     np.testing.assert_array_equal(found, np.array(vectors) @ np.array(vectors).T)
 
 

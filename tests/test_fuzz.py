@@ -37,6 +37,7 @@ from fastmerge.checkpoint.folder import JOURNAL
 from fastmerge.errors import CheckpointError, FastmergeError, OutputError
 from fastmerge.sources.adapter import open_adapter
 from fastmerge.vocabulary import tokens
+from fastmerge.vocabulary.files import open_tokenizer
 from fastmerge.vocabulary.setting import TokenizerSetting, TokenRow
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastmerge.errors.FastmergeWarning")
@@ -155,6 +156,10 @@ def tokenizer(path: Path, data: bytes) -> None:
         tokens.vocabulary(models, TokenizerSetting(source, wanted, 8, "here"), base)
 
 
+def pieces(path: Path, data: bytes) -> None:
+    open_tokenizer("hostile", {"tokenizer.model": data})
+
+
 def record(path: Path, data: bytes) -> None:
     (path / "fastmerge.json").write_bytes(data)
     provenance.read(path)
@@ -210,12 +215,22 @@ def as_yaml(documents: Any) -> bytes:
     return yaml.safe_dump_all(documents if isinstance(documents, list) else [documents]).encode()
 
 
+def as_pieces(entries: Any) -> bytes:
+    """A sentencepiece model of texts, scores and types, all short."""
+    held = [
+        b"\n" + bytes([len(text)]) + text.encode() + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
+        for text, score, kind in entries
+    ]
+    return b"".join(b"\n" + bytes([len(piece)]) + piece for piece in held)
+
+
 KINDS = {
     "headers": Kind(header, "model.safetensors", lambda: [json.loads(save(MODEL, {"format": "pt"})[8:-20])], as_header),
     "indexes": Kind(index, "model", lambda: [INDEX], as_json),
     "recipes": Kind(recipe, "recipe.yml", lambda: [list(yaml.safe_load_all(RECIPE))], as_yaml),
     "adapters": Kind(adapter, "adapter", lambda: [ADAPTER], as_json),
     "tokenizers": Kind(tokenizer, "tokenizer", lambda: [TOKENIZER, UNIGRAM], as_json),
+    "pieces": Kind(pieces, "tokenizer", lambda: [[("<unk>", 0.0, 2), ("a", -1.5, 1), ("b", -2.5, 1)]], as_pieces),
     "records": Kind(record, "merged", lambda: [json.loads(written_by_a_merge())], as_json),
     "configs": Kind(config, "model", lambda: [{"model_type": "llama", "rope": {"a": [1.5]}}], as_json),
 }
@@ -332,8 +347,8 @@ def hostile(kind: Kind) -> st.SearchStrategy[bytes]:
 def _written(kind: Kind, document: Any) -> bytes:
     try:
         return kind.write(document)
-    except (UnicodeError, yaml.YAMLError):  # half a surrogate pair
-        return b""
+    except (AttributeError, OverflowError, TypeError, ValueError, struct.error, yaml.YAMLError):
+        return b""  # a file of this kind cannot say that
 
 
 # --- what is refused, and what is not ---
@@ -349,7 +364,7 @@ def test_a_sound_file_is_taken(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hostile_file_is_taken_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
-    suffix = Path(KINDS[kind].name).suffix or ".json"
+    suffix = Path(KINDS[kind].name).suffix or (".model" if kind == "pieces" else ".json")
     with fuzzing.counted(kind) as count:
 
         @fuzzing.examples(300)
@@ -369,6 +384,22 @@ def test_a_hostile_file_is_taken_or_refused_in_one_line(kind: str, tmp_path: Pat
 )
 def test_a_file_that_was_kept_is_taken_or_refused_in_one_line(path: Path, tmp_path: Path) -> None:
     check(KINDS[path.parent.name], tmp_path, path.read_bytes())
+
+
+@pytest.mark.parametrize("pattern", ["(a|a)*b", "(a+)+b", ".*.*.*.*.*.*b", "((a*))*b", "(a{1,9}){1,9}{1,9}b"])
+def test_no_pattern_of_an_adapter_takes_forever(pattern: str, tmp_path: Path) -> None:
+    name = f"base_model.model.{'a' * 300}.lora_"
+    factors = {f"{name}{part}.weight": np.ones((2, 2), np.float32) for part in "AB"}
+    (tmp_path / "adapter_model.safetensors").write_bytes(save(factors))
+    (tmp_path / "adapter_config.json").write_bytes(as_json({**ADAPTER, "rank_pattern": {pattern: 3}}))
+    with within_limits():
+        assert "take forever" in refusal(lambda: open_adapter(tmp_path))
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 2_000_000, b"\n" + b"\xff" * 2_000_000], ids=["key", "length"])
+def test_no_number_of_a_sentencepiece_model_takes_forever(data: bytes) -> None:
+    with within_limits():
+        assert "has no end" in refusal(lambda: open_tokenizer("m", {"tokenizer.model": data}))
 
 
 # --- where headers are read more strictly than by the safetensors library ---

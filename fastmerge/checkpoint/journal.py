@@ -93,7 +93,7 @@ class Recorder:
     def __init__(self, journal: Journal, hashes: Callable[[Sequence[str]], list[str]]) -> None:
         self._journal = journal
         self._hashes = hashes
-        self._thread = ThreadPoolExecutor(1, "fastmerge-journal")
+        self._thread = ThreadPoolExecutor(1, "fastmerge-journal", system.stand_back)
         self._noted: list[Future[None]] = []
         self._overflow: dict[str, int] = {}  # of the tensors that are noted next
         self._worked: Mapping[str, Collection[str]] = {}

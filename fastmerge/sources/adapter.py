@@ -152,6 +152,9 @@ class _Config:
             return isinstance(value, dict) and all(map(sound, value.values()))
 
         entries = self._take(key, sound_entries, "an object of numbers", {})
+        if slow := [pattern for pattern in entries if _is_slow(pattern)]:
+            fault = f"{key} has the pattern {slow[0]!r:.200}, which may take forever to match"
+            raise CheckpointError(f"{self._path}: {fault}; repeat no group in it, and use at most three of * + {{")
         try:
             return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in entries.items()]
         except (re.error, OverflowError, RecursionError) as error:
@@ -190,6 +193,11 @@ def _is_rank(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_slow(pattern: str) -> bool:
+    """Whether a group is repeated in it, or more than three things are: a name can then match in very many ways."""
+    return re.search(r"\)[*+{]", pattern) is not None or sum(map(pattern.count, "*+{")) > 3
 
 
 def _is_flag(value: Any) -> bool:

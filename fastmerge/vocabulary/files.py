@@ -248,6 +248,8 @@ def _protocol(data: bytes) -> Iterator[tuple[int, Any]]:
             if byte < 128:
                 return value
             if shift > 63:
+                raise ValueError("a number in it has no end")
+            if shift > 63:
                 raise ValueError("it is no protocol buffer")
 
     while at < len(data):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from ..marked import Marked, meant
+from ..marked import Marked, meant, printable
 
 Model = TypeVar("Model")
 
@@ -65,7 +65,7 @@ class _Reader:
 
     def setting(self, at: Marked) -> TokenizerSetting:
         if isinstance(at.value, str):
-            remedy = f"for the source alone write tokenizer_source: {at.text()}"
+            remedy = f"for the source alone write tokenizer_source: {printable(at.text())}"
             raise at.error(f"tokenizer must be a mapping (source, tokens, pad_to_multiple_of); {remedy}")
         fields = at.fields(("source", "tokens", "pad_to_multiple_of"))
         tokens = fields["tokens"].mapping() if "tokens" in fields else {}
