@@ -247,7 +247,7 @@ def test_a_tokenizer_that_is_none_is_an_error(data: bytes) -> None:
 
 
 def test_a_number_without_an_end_in_a_sentencepiece_model_is_an_error() -> None:
-    with pytest.raises(CheckpointError, match="it is no protocol buffer"):
+    with pytest.raises(CheckpointError, match="a number in it has no end"):
         open_tokenizer("a", {"tokenizer.model": b"\x80" * 1_000_000 + b"\x01"})
 
 
