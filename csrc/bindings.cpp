@@ -44,7 +44,7 @@ std::vector<Tensor> tensors_of(const Records<Row>& rows, const Records<View>& vi
   return tensors;
 }
 
-Crew crew_of(const std::string& isa, int threads, int64_t tile, const py::object& tick) {
+Crew crew_of(const std::string& isa, int threads, int64_t tile, const py::object& tick, uint64_t hash = 0) {
   const Kernels* chosen = nullptr;
   for (int i = 0; i < KERNELS_COUNT; ++i) {
     if (isa == KERNELS[i]->name && !why_not(*KERNELS[i])) chosen = KERNELS[i];
@@ -56,7 +56,7 @@ Crew crew_of(const std::string& isa, int threads, int64_t tile, const py::object
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!tick.is_none()) tick(bytes);
   };
-  return {chosen, threads, tile, watch};
+  return {chosen, threads, tile, watch, reinterpret_cast<Hash>(hash)};
 }
 
 py::dict instruction_sets() {
@@ -71,17 +71,24 @@ py::dict instruction_sets() {
 // The merges of an op, and the arrays that they fill in.
 struct Merges {
   Merges(const Records<Row>& rows, const Records<View>& views, const Records<Sweep>& sweeps, const Records<Part>& parts,
-         const Records<Target>& targets)
+         const Records<Target>& targets, const Crew& crew)
       : nonfinite(views.size()), first(views.size()), overflow(targets.size()) {
     std::fill_n(nonfinite.mutable_data(), views.size(), 0);
     std::fill_n(first.mutable_data(), views.size(), -1);
     std::fill_n(overflow.mutable_data(), targets.size(), 0);
     const std::vector<Tensor> tensors = tensors_of(rows, views);
     size_t view = 0, setting = 0, part = 0;
+    hashes.reserve(static_cast<size_t>(targets.size()));
     for (size_t t = 0; t < tensors.size(); ++t) {
       const auto settings = static_cast<size_t>(at(rows, t)->settings);
+      for (size_t k = setting; k < setting + settings && k < static_cast<size_t>(targets.size()); ++k) {
+        if (crew.hash && at(targets, k)->file < 0)
+          throw std::invalid_argument("an output that is hashed goes to a file");
+        hashes.emplace_back(crew.hash ? tensors[t].elements * size_of(static_cast<DType>(at(targets, k)->dtype)) : 0);
+      }
       all.push_back({tensors[t], static_cast<int>(settings), at(sweeps, setting), at(parts, part), at(targets, setting),
-                     nonfinite.mutable_data() + view, first.mutable_data() + view, overflow.mutable_data() + setting});
+                     nonfinite.mutable_data() + view, first.mutable_data() + view, overflow.mutable_data() + setting,
+                     hashes.data() + setting});
       view += static_cast<size_t>(tensors[t].inputs);
       setting += settings;
       part += settings * static_cast<size_t>(tensors[t].models);
@@ -91,7 +98,19 @@ struct Merges {
     }
   }
 
+  // Of each output, or of none.
+  py::list hashes_of_outputs(const Crew& crew) const {
+    py::list wholes;
+    for (size_t k = 0; crew.hash && k < hashes.size(); ++k) {
+      char whole[PieceHashes::SIZE];
+      hashes[k].whole(crew.hash, whole);
+      wholes.append(py::bytes(whole, sizeof whole));
+    }
+    return wholes;
+  }
+
   std::vector<Merge> all;
+  std::vector<PieceHashes> hashes;
   py::array_t<int64_t> nonfinite, first, overflow;
 };
 
@@ -125,30 +144,31 @@ struct Cuts {
 
 py::tuple py_merge(const Records<Row>& rows, const Records<View>& views, const Records<Sweep>& sweeps,
                    const Records<Part>& parts, const Records<Target>& targets, const std::string& isa, int threads,
-                   int64_t tile, const py::object& tick) {
-  Merges merges(rows, views, sweeps, parts, targets);
-  const Crew crew = crew_of(isa, threads, tile, tick);
+                   int64_t tile, const py::object& tick, uint64_t hash) {
+  const Crew crew = crew_of(isa, threads, tile, tick, hash);
+  Merges merges(rows, views, sweeps, parts, targets, crew);
   {
     const py::gil_scoped_release release;
     merge(merges.all, crew);
   }
-  return py::make_tuple(merges.nonfinite, merges.first, merges.overflow);
+  return py::make_tuple(merges.nonfinite, merges.first, merges.overflow, merges.hashes_of_outputs(crew));
 }
 
 py::tuple py_merge_ranked(const Records<Row>& rows, const Records<View>& views, const Records<Sweep>& sweeps,
                           const Records<Part>& parts, const Records<int64_t>& ranks, const Records<Target>& targets,
-                          const std::string& isa, int threads, int64_t tile, const py::object& tick) {
-  Merges merges(rows, views, sweeps, parts, targets);
+                          const std::string& isa, int threads, int64_t tile, const py::object& tick, uint64_t hash) {
+  const Crew crew = crew_of(isa, threads, tile, tick, hash);
+  Merges merges(rows, views, sweeps, parts, targets, crew);
   for (const Merge& each : merges.all) {
     if (each.tensor.begin != 0) throw std::invalid_argument("what is selected from is a whole tensor");
   }
   Cuts cuts(ranks, merges.all.size(), [&](size_t t) { return merges.all[t].tensor.models; });
-  const Crew crew = crew_of(isa, threads, tile, tick);
   {
     const py::gil_scoped_release release;
     merge_ranked(merges.all, cuts.wanted, cuts.starts, crew);
   }
-  return py::make_tuple(merges.nonfinite, merges.first, merges.overflow, cuts.magnitudes(), cuts.ends());
+  return py::make_tuple(merges.nonfinite, merges.first, merges.overflow, merges.hashes_of_outputs(crew),
+                        cuts.magnitudes(), cuts.ends());
 }
 
 py::array_t<double> py_gram(const Records<Row>& rows, const Records<View>& views, const std::string& isa, int threads,

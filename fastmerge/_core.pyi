@@ -34,8 +34,9 @@ def merge(
     threads: int,
     tile: int,
     tick: _Tick,
+    hash: int,
     /,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], list[bytes]]: ...
 def merge_ranked(
     rows: _Records,
     views: _Records,
@@ -47,8 +48,11 @@ def merge_ranked(
     threads: int,
     tile: int,
     tick: _Tick,
+    hash: int,
     /,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]: ...
+) -> tuple[
+    NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], list[bytes], NDArray[np.float32], NDArray[np.int64]
+]: ...
 def gram(rows: _Records, views: _Records, isa: str, threads: int, tick: _Tick, /) -> NDArray[np.float64]: ...
 def norms(
     rows: _Records, views: _Records, sweeps: _Records, parts: _Records, isa: str, threads: int, tick: _Tick, /

@@ -126,8 +126,8 @@ def in_rows(width: int, inputs: Inputs, targets: Sequence[Target]) -> Iterator[t
 
 
 def joined(parts: Iterable[Found]) -> Found:
-    """What was found in the parts of a tensor, whose indices are those of the whole."""
-    nonfinite, first, overflow = (list(zip(*each, strict=True)) for each in zip(*parts, strict=True))
+    """What was found in the parts of a tensor, whose indices are those of the whole; not its hash."""
+    nonfinite, first, overflow, _ = (list(zip(*each, strict=True)) for each in zip(*parts, strict=True))
     return Found(
         tuple(map(sum, nonfinite)),
         tuple(min((at for at in places if at >= 0), default=-1) for places in first),

@@ -1,4 +1,4 @@
-"""The command line: parse, print, exit code; nothing else."""
+"""The command line: what the commands take, what they call, how they end."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ import re
 import signal
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
+from . import showing
 from .errors import FastmergeError, FastmergeWarning
 from .flags import FLAGS, Fate, Takes
 
 if TYPE_CHECKING:
-    from .comparing import Comparison, Difference
-    from .engine import Progress, Report
-    from .health import Health, Layers
+    from .engine import Report
     from .lora import AdapterReport
-    from .planner import Job, Plan
     from .recipe import Recipe
-    from .verifying import Verification
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -81,12 +77,14 @@ def _backend_of(context: click.Context, option: click.Parameter, name: str) -> s
         return name
     from . import backends
 
-    with _mistakes():
-        known = backends.names()
-    return str(click.Choice(known).convert(name, option, context))
+    return str(click.Choice(backends.names()).convert(name, option, context))
 
 
-_recipe = click.argument("recipe", type=click.Path(path_type=Path))
+_PATH = click.Path(path_type=Path)
+
+_recipe = click.argument("recipe", type=_PATH)
+_config_file = click.argument("config_file", type=_PATH)
+_out = click.argument("out", type=_PATH)
 _seed = click.option("--seed", type=click.IntRange(0), help="Seed of the random drops; before the recipe's own.")
 _shard_size = click.option(
     "--shard-size", type=_bytes, metavar="SIZE", default="5GB", show_default=True, help="Most bytes in one file."
@@ -119,6 +117,7 @@ _nonfinite = click.option(
     show_default=True,
     help="What NaN or Inf among the inputs does.",
 )
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier output in OUT.")
 _restart = click.option("--restart", is_flag=True, help="Begin anew where an unfinished merge is in OUT.")
 _hash = click.option(
     "--hash",
@@ -128,6 +127,7 @@ _hash = click.option(
     help="full notes the sha256 of every input in fastmerge.json.",
 )
 _threads = click.option("--threads", type=click.IntRange(1), help="Workers; by default one per processor.")
+_json = partial(click.option, "--json", "as_json", is_flag=True)
 
 
 def _mergekit_bytes(text: str) -> int:
@@ -165,14 +165,22 @@ def _mergekits(shown: bool) -> Callable[[Any], Any]:
 
 def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        with _mistakes():
+        with _mistakes():  # options of the group itself are read before its `invoke`
             from .facts import lines
 
             click.echo("\n".join(lines()))
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands that all end as `_mistakes` says."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _mistakes():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,
@@ -187,14 +195,14 @@ def main() -> None:
 
 @main.command()
 @_recipe
-@click.argument("out", type=click.Path(path_type=Path))
+@_out
 @_backend
 @_threads
 @_seed
 @_shard_size
 @_gpu_memory
 @_varied
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output in OUT.")
+@_overwrite
 @_restart
 @_hash
 @_nonfinite
@@ -209,8 +217,8 @@ def merge(recipe: Path, out: Path, **options: Any) -> None:
 
 
 @main.command("yaml")
-@click.argument("config_file", type=click.Path(path_type=Path))
-@click.argument("out_path", type=click.Path(path_type=Path))
+@_config_file
+@click.argument("out_path", type=_PATH)
 @_restart
 @_mergekits(shown=True)
 def as_mergekit_yaml(config_file: Path, out_path: Path, **options: Any) -> None:
@@ -222,12 +230,12 @@ def as_mergekit_yaml(config_file: Path, out_path: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("config_file", type=click.Path(path_type=Path))
-@click.option("--out-path", type=click.Path(path_type=Path), help="The folder of the document without a name.")
+@_config_file
+@click.option("--out-path", type=_PATH, help="The folder of the document without a name.")
 @click.option(
     "-I",
     "--intermediate-dir",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Keep the models of documents with a name in folders of this one; by default only the result is kept.",
 )
 @click.option(
@@ -257,106 +265,63 @@ def multi(config_file: Path, out_path: Path | None, intermediate_dir: Path | Non
 @_seed
 @_shard_size
 @_varied
-@click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
+@_json(help="Print the whole plan as JSON.")
 def plan(recipe: Path, as_json: bool, **options: Any) -> None:
     """Tell what merging RECIPE would read, compute and write, from headers alone.
 
     Models on the hub are fetched first, as merge does.
     """
-    with _mistakes():
-        from .planner import plan as make_plan
-        from .recipe import Recipe
+    from .planner import plan as make_plan
+    from .recipe import Recipe
 
-        made = make_plan(Recipe.load(recipe), **options)
-        if as_json:
-            import json
-
-            click.echo(json.dumps(made.to_json(), indent=2))
-        else:
-            _show_plan(made)
+    made = make_plan(Recipe.load(recipe), **options)
+    if as_json:
+        showing.as_json(made.to_json())
+    else:
+        showing.plan(made)
 
 
 @main.command()
 @_recipe
-@click.option("--out", type=click.Path(path_type=Path), help="Where the merge is to go: whether its disk has room.")
-@click.option("--json", "as_json", is_flag=True, help="Print errors and warnings as JSON.")
+@click.option("--out", type=_PATH, help="Where the merge is to go: whether its disk has room.")
+@_json(help="Print errors and warnings as JSON.")
 def check(recipe: Path, out: Path | None, as_json: bool) -> None:
     """Tell all that is wrong or odd about RECIPE and its models at once, before merging them.
 
     Headers, configs, tokenizers and model cards are read, no weights; models on the hub are fetched first, as merge
     does. Exits with 1 where there is an error, that is, where merge would refuse.
     """
-    with _mistakes():
-        from . import preflight
+    from . import preflight
 
-        found = preflight.check(recipe, out)
-        if as_json:
-            import json
-
-            click.echo(json.dumps(found._asdict(), indent=2))
-        else:
-            for color, kind, messages in (("red", "error", found.errors), ("yellow", "warning", found.warnings)):
-                for message in messages:
-                    click.secho(f"{kind}: {_printable(message)}", fg=color)
-            counts = f"errors {len(found.errors)}, warnings {len(found.warnings)}"
-            click.echo(f"{_printable(str(recipe))}: {counts if any(found) else 'nothing is wrong or odd'}")
-        if found.errors:
-            sys.exit(1)
+    found = preflight.check(recipe, out)
+    if as_json:
+        showing.as_json(found._asdict())
+    else:
+        showing.findings(recipe, found)
+    if found.errors:
+        sys.exit(1)
 
 
 @main.command()
 def info() -> None:
     """Tell which kernels run here, and why others are out."""
-    with _mistakes():
-        from rich.console import Console
-        from rich.table import Column, Table
-        from rich.text import Text
-
-        from . import backends, methods
-
-        console = Console()
-        columns = ("backend", "works on", *backends.OPS, Column("why not", overflow="fold"))
-        table = Table(*columns, title=f"fastmerge {__version__}", title_justify="left")
-        for standing in backends.standings():
-            why = Text(_printable(standing.reason))  # no markup: it may name fastmerge[torch]
-            table.add_row(Text(_printable(standing.provider)), standing.device, *standing.ops, why)
-        console.print(table)
-        if added := methods.added():
-            table = Table("method of another package", "package", Column("why not", overflow="fold"))
-            for each in added:
-                table.add_row(*(Text(_printable(text)) for text in (each.name, each.package, each.fault)))
-            console.print(table)
-        if gpus := backends.gpus():
-            table = Table("GPU", "name", "free memory")
-            for number, gpu in enumerate(gpus):
-                table.add_row(str(number), Text(_printable(gpu.name)), _size(gpu.free_bytes()))
-            console.print(table)
-        table = Table("instruction set", "runs", "why not")
-        for isa, reason, chosen in backends.instruction_sets():
-            table.add_row(isa, "this one" if chosen else "-" if reason else "can", Text(reason))
-        console.print(table)
-        console.print(f"threads {backends.threads()}; FASTMERGE_ISA forces an instruction set", highlight=False)
+    showing.kernels()
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.argument("folder", type=_PATH, required=False)
 @_backend
 @_threads
 def demo(folder: Path | None, backend: str, threads: int | None) -> None:
     """Make a small base with three fine-tunes and merge them by every method, in FOLDER or a temporary one."""
-    with _mistakes():
-        from .demo import run
+    from .demo import run
 
-        run(folder, backend=backend, threads=threads)
+    run(folder, backend=backend, threads=threads)
 
 
 @main.group()
 def lora() -> None:
     """Fuse LoRA adapters into their base, combine them, or extract one from a fine-tune."""
-
-
-_overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier output in OUT.")
-_out = click.argument("out", type=click.Path(path_type=Path))
 
 
 @lora.command()
@@ -373,12 +338,11 @@ def fuse(base: str, adapter: str, out: Path, **options: Any) -> None:
 
     Both are folders, or ids on the hub.
     """
-    with _mistakes():
-        from .lora import fuse as run
+    from .lora import fuse as run
 
-        with _bar(False) as progress:
-            report = run(base, adapter, out, progress=progress, **options)
-        click.echo(_closing(report))
+    with showing.bar(False) as progress:
+        report = run(base, adapter, out, progress=progress, **options)
+    click.echo(showing.closing(report))
 
 
 @lora.command()
@@ -404,15 +368,14 @@ def combine(adapters: tuple[str, ...], out: Path, parameters: dict[str, str], **
 
     A parameter is one that the method has in a recipe.
     """
-    with _mistakes():
-        from .lora import AdapterReport
-        from .lora import combine as typed
+    from .lora import AdapterReport
+    from .lora import combine as typed
 
-        run: Callable[..., AdapterReport | Report] = typed
-        density = options.pop("density")
-        each = density[0] if density and len(density) == 1 else density
-        report = run(adapters, out, density=each, **options, **parameters)
-        click.echo(_adapted(report) if isinstance(report, AdapterReport) else _closing(report))
+    run: Callable[..., AdapterReport | Report] = typed
+    density = options.pop("density")
+    each = density[0] if density and len(density) == 1 else density
+    report = run(adapters, out, density=each, **options, **parameters)
+    click.echo(showing.adapted(report) if isinstance(report, AdapterReport) else showing.closing(report))
 
 
 @lora.command()
@@ -429,54 +392,36 @@ def combine(adapters: tuple[str, ...], out: Path, parameters: dict[str, str], **
 @_overwrite
 def extract(base: str, finetuned: str, out: Path, **options: Any) -> None:
     """Make an adapter of what FINETUNED changes in BASE, in the new folder OUT."""
-    with _mistakes():
-        from .lora import extract as run
+    from .lora import extract as run
 
-        click.echo(_adapted(run(base, finetuned, out, **options)))
+    click.echo(showing.adapted(run(base, finetuned, out, **options)))
 
 
 @main.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@_out
 @click.option("--recompute", type=click.IntRange(0), default=0, metavar="N", help="Merge N random tensors again, too.")
 @click.option("--sample-seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of which they are.")
 @_threads
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@_json(help="Print what was found as JSON.")
 def verify(out: Path, as_json: bool, **options: Any) -> None:
     """Hold the merged model in OUT against the fastmerge.json beside it: every tensor's bytes against their hash.
 
     With --recompute some are merged again from the recipe in it and its inputs, and compared to the bit; relative paths
     are looked for from here, then from the folder that OUT is in. Exits with 1 where something is wrong.
     """
-    with _mistakes():
-        from . import verifying
+    from . import verifying
 
-        found = []
-        for folder in verifying.outputs(out):
-            with _bar(as_json, "verifying") as progress:
-                found.append(verifying.verify(folder, progress=progress, **options))
-        if as_json:
-            import json
-
-            click.echo(json.dumps({"outputs": [each.to_json() for each in found]}, indent=2))
-        else:
-            for each in found:
-                _show_verification(each)
-        if any(each.wrong for each in found):
-            sys.exit(1)
-
-
-def _show_verification(found: Verification) -> None:
-    out = _printable(str(found.out))
-    for each in found.wrong[:_SHOWN]:
-        place = f"{found.out}/{each.file}, bytes {each.begin:,} to {each.end:,}: " if each.end else ""
-        click.secho(f"wrong: {_printable(place + each.reason)}", fg="red")
-    if found.wrong:
-        click.echo(f"{out}: {len(found.wrong):,} wrong, {found.tensors:,} tensors in fastmerge.json")
-        return
-    again = f"; {len(found.recomputed):,} merged again, to the bit" if found.recomputed else ""
-    rate = found.bytes_read / found.seconds / 1e9
-    read = f"read {_size(found.bytes_read)} in {found.seconds:.2f} s ({rate:.1f} GB/s)"
-    click.echo(f"{out}: all {found.tensors:,} tensors are as they were written{again}; {read}")
+    found = []
+    for folder in verifying.outputs(out):
+        with showing.bar(as_json, "verifying") as progress:
+            found.append(verifying.verify(folder, progress=progress, **options))
+    if as_json:
+        showing.as_json({"outputs": [each.to_json() for each in found]})
+    else:
+        for each in found:
+            showing.verification(each)
+    if any(each.wrong for each in found):
+        sys.exit(1)
 
 
 @main.command()
@@ -486,89 +431,23 @@ def _show_verification(found: Verification) -> None:
 @click.option("--all", "every", is_flag=True, help="Show every tensor, not only the 20 that differ most.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 where the two differ, as git diff does.")
 @_threads
-@click.option("--json", "as_json", is_flag=True, help="Print the whole comparison as JSON.")
+@_json(help="Print the whole comparison as JSON.")
 def diff(a: str, b: str, every: bool, exit_code: bool, as_json: bool, **options: Any) -> None:
     """Compare the models A and B tensor by tensor.
 
     Each is a folder, a file, an id on the hub, or one with an adapter, MODEL+ADAPTER. A difference is no error: the
     exit code is 0, unless --exit-code is given.
     """
-    with _mistakes():
-        from .comparing import diff as run
+    from .comparing import diff as run
 
-        with _bar(as_json, "comparing") as progress:
-            found = run(a, b, progress=progress, **options)
-        if as_json:
-            import json
-
-            click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
-        else:
-            _show_comparison(found, every)
-        if exit_code and not found.same:
-            sys.exit(1)
-
-
-def _show_comparison(found: Comparison, every: bool) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    most = None if every else _SHOWN
-    differing = {each.name for each in found.worst}
-    shown = [*found.worst, *(each for each in found.tensors if every and each.name not in differing)][:most]
-    if shown:
-        kinds = [kind for kind, _ in _figures(shown[0], found)]
-        figures = [Column(kind, justify="right", no_wrap=True) for kind in ("dtype", *kinds)]
-        table = Table(Column("tensor", overflow="fold"), *figures)
-        for each in shown:
-            dtypes = ", ".join(dict.fromkeys(each.dtypes))
-            row = [figure for _, figure in _figures(each, found)]
-            table.add_row(Text(_printable(each.name)), dtypes, *row)
-        console = Console()
-        console.width = max(console.width, 120) if console.is_terminal else 160
-        console.print(table)
-    for kind, names in (("A", found.only_in_a), ("B", found.only_in_b)):
-        if names:
-            more = f" and {len(names) - _SHOWN:,} more" if most and len(names) > _SHOWN else ""
-            click.echo(_printable(f"only in {kind}: {', '.join(names[:most])}{more}"))
-    for one in found.mismatched:
-        in_a, in_b = (f"{dtype} {list(shape)}" for dtype, shape in zip(one.dtypes, one.shapes, strict=True))
-        click.echo(_printable(f"not compared: {one.name} is {in_a} in A, {in_b} in B"))
-    (_, count), *others = _figures(found.total, found)
-    said = "".join(f", {kind} {figure}" for kind, figure in others)
-    tensors = f"{len(differing):,} of {len(found.tensors):,} tensors differ"
-    apart = f"{tensors}, in {count} of {found.total.elements:,} elements"
-    click.echo(f"{_printable(found.a)} and {_printable(found.b)}: {apart}{said}")
-
-
-def _figures(each: Difference, found: Comparison) -> Iterator[tuple[str, str]]:
-    """The numbers of a difference by their names, as they are shown."""
-    yield "differ", f"{each.differing:,}"
-    for kind, size in (("max", each.max), ("rms", each.rms)):
-        yield kind, "-" if size is None else f"{size:.3g}"
-    ratios = {"cosine": each.cosine}
-    if found.base is not None:
-        ratios |= {"same sign": each.sign_agreement, "cosine of deltas": each.delta_cosine}
-    for kind, ratio in ratios.items():
-        yield kind, "-" if ratio is None else f"{ratio:.6f}"
-    if found.total.nonfinite:
-        yield "NaN or Inf", f"{each.nonfinite:,}"
-
-
-_SHOWN = 20  # tensors of a table or a list
-
-
-def _adapted(report: AdapterReport) -> str:
-    """What was made, and the module that is farthest from what it was to be."""
-    ranks = sorted({each.rank for each in report.modules})
-    worst = max(report.modules, key=lambda each: each.error)
-    span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    whole = f"; {len(report.whole):,} tensors whole" if report.whole else ""
-    return (
-        f"{_printable(str(report.out))}: {len(report.modules):,} modules of rank {span}, relative error "
-        f"{report.error:.2e} (most in {_printable(worst.module)}, {worst.error:.2e}){whole}; "
-        f"wrote {_size(report.bytes_written)} in {report.seconds:.2f} s"
-    )
+    with showing.bar(as_json, "comparing") as progress:
+        found = run(a, b, progress=progress, **options)
+    if as_json:
+        showing.as_json(found.to_json())
+    else:
+        showing.comparison(found, every)
+    if exit_code and not found.same:
+        sys.exit(1)
 
 
 def _merge(
@@ -594,12 +473,12 @@ def _merge(
         from .engine import merge as run
 
         for one, place in _steps(recipe, out, between, lazy, quiet):
-            with _bar(quiet) as progress:
+            with showing.bar(quiet) as progress:
                 report = run(one, place, progress=progress, **options)
             if not quiet:
-                click.echo(_closing(report))
+                click.echo(showing.closing(report))
                 if figures:
-                    _show_health(report.health)
+                    showing.health(report.health)
 
 
 def _steps(
@@ -623,7 +502,7 @@ def _steps(
         if not (lazy and step.done()):
             yield step
         elif not quiet:
-            click.echo(f"{_printable(str(step.out))}: there already; --no-lazy merges it again")
+            click.echo(f"{showing.printable(step.out)}: there already; --no-lazy merges it again")
 
 
 def _in_our_words(options: dict[str, Any]) -> list[str]:
@@ -684,7 +563,7 @@ def _mistakes(quiet: bool = False, further: str = "") -> Iterator[None]:
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
         if not quiet and str(message) not in told:
             told.add(str(message))
-            click.secho(f"warning: {_printable(str(message))}", fg="yellow", err=True)
+            showing.fault("warning", message, err=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -693,134 +572,11 @@ def _mistakes(quiet: bool = False, further: str = "") -> Iterator[None]:
         try:
             yield
         except FastmergeError as error:
-            click.secho(f"error: {_printable(str(error))}", fg="red", err=True)
+            showing.fault("error", error, err=True)
             sys.exit(2)
         except KeyboardInterrupt as ended:
             click.echo(f"stopped; nothing that looks complete was written{further}", err=True)
             sys.exit(128 + (signal.SIGTERM if isinstance(ended, _TerminatedError) else signal.SIGINT))
-
-
-def _printable(text: str) -> str:
-    """Names come from files: what would steer a terminal, or begin a line that is not of a list, is an escape."""
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return re.sub(r"\n(?!  )", r"\\n", shown)
-
-
-@contextmanager
-def _bar(quiet: bool, doing: str = "merging") -> Iterator[Progress | None]:
-    """A bar with GB/s and time left, on a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (doing, BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _closing(report: Report) -> str:
-    outputs = f"{len(report.outputs)} outputs, " if report.outputs != (report.out,) else ""
-    peak = f", {_size(report.peak_anonymous_bytes)} of memory" if report.peak_anonymous_bytes else ""
-    before = f", {report.resumed:,} of them before" if report.resumed else ""
-    odd = len(report.health.warnings)
-    health = f"\nhealth: figures beyond their thresholds: {odd}; all figures are in fastmerge.json" if odd else ""
-    return (
-        f"{_printable(str(report.out))}: {outputs}{' + '.join(report.methods)} of {report.tensors:,} tensors{before}, "
-        f"read {_size(report.bytes_read)}, wrote {_size(report.bytes_written)} in {report.seconds:.2f} s "
-        f"({report.gigabytes_per_second:.1f} GB/s; "
-        f"{_who(report)}, {report.threads} threads{peak})"
-    ) + (f"; {_printable(report.choice)}{health}" if report.gpu_considered else health)
-
-
-def _show_health(found: Health) -> None:
-    """A column for each model: its figures, then the norm of its deltas in each layer."""
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    from .health import DARE_RANGE
-
-    names = [Text(_printable(each.name)) for each in found.models]
-    table = Table(Column("", no_wrap=True), *[Column(name, justify="right", overflow="fold") for name in names])
-    counts = [sum(each.nonfinite.values()) for each in found.models]
-    table.add_row("NaN or Inf", *[f"{count:,}" for count in counts])
-    table.add_row("denormal", *[f"{each.denormal:.2%}" for each in found.models])
-    deltas = [each.deltas for each in found.models]
-    for kind, name in (("zero", "zero"), ("denormal", "denormal"), (f"larger than {DARE_RANGE:g}", "beyond")):
-        table.add_row(f"deltas {kind}", *[f"{getattr(each, name):.2%}" if each else "-" for each in deltas])
-    for kind, name in (("mean size", "mean"), ("rms", "rms"), ("norm", "norm"), ("norm over base's", "relative")):
-        values = [getattr(each, name, None) for each in deltas]
-        table.add_row(kind, *["-" if value is None else f"{value:.3g}" for value in values])
-    table.add_section()
-    for stack in dict.fromkeys(each.stack for each in found.layers):
-        held = {each.model: each for each in found.layers if each.stack == stack}
-        norms = {name: dict(zip(each.numbers, each.norms, strict=True)) for name, each in held.items()}
-        for layer in sorted(set().union(*norms.values())):
-            row = [_of_layer(held.get(each.name), norms.get(each.name, {}).get(layer), layer) for each in found.models]
-            table.add_row(Text(_printable(f"{stack}.{layer}" if stack else f"layer {layer}")), *row)
-    Console().print(table)
-    skipped = f"; {found.skipped:,} are copied, gathered or computed" if found.skipped else ""
-    share = found.sampled / max(1, found.elements)
-    part = f"{share:.2g} of the elements, {found.looked:,} of {found.tensors:,} tensors"
-    click.echo(f"shares and sizes are from {part}{skipped}; fastmerge diff has exact ones")
-
-
-def _of_layer(held: Layers | None, norm: float | None, layer: int) -> str:
-    return "-" if held is None or norm is None else f"{norm:.3g}{' stands out' if layer in held.outliers else ''}"
-
-
-def _who(report: Report) -> str:
-    """Who computed; where there were several, with the ops of each."""
-    if len(report.worked) < 2:
-        return "".join(report.worked) or "copied"
-    return " + ".join(f"{name} ({', '.join(ops)})" for name, ops in report.worked.items())
-
-
-def _show_plan(made: Plan) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    for stage in made.stages:
-        title = Text(_printable(stage.name or "result"))  # no markup
-        table = Table("", "tensors", "read", "write", "files", title=title, title_justify="left")
-        table.add_row(
-            stage.document.method.name,
-            f"{len(stage.jobs):,}",
-            _size(stage.bytes_read),
-            _size(stage.bytes_written),
-            f"{len(stage.layout.shards):,}",
-        )
-        Console().print(table)
-        for number, model in enumerate(stage.models):
-            click.echo(f"  model {number}: {_printable(model.name)}")
-        table = Table(Column("tensors", overflow="fold"), "", "shape", "dtype", "inputs", "reads")
-        for (name, *rest), times in Counter(map(_kind, stage.jobs)).items():
-            table.add_row(Text(_printable(name)), f"x {times}" if times > 1 else "", *rest)
-        Console().print(table)
-    for variant in made.variants:
-        if variant.name:
-            click.echo(f"  output {_printable(variant.name)}: {_size(made.stages[-1].bytes_written)}")
-    click.echo(f"reads {_size(made.bytes_read)}, writes {_size(made.bytes_written)}")
-
-
-def _kind(job: Job) -> tuple[str, ...]:
-    """A job as the plan shows it: those that differ in a number of their name only are one row."""
-    reads = "copied" if job.copy else "not fused" if job.direct else f"{job.passes} times" if job.passes > 1 else "once"
-    reads += ", gathered" if job.gather else ""
-    shape = " x ".join(map(str, job.shape))
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", job.name), shape, job.dtype, str(len(job.sources)), reads
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 if __name__ == "__main__":

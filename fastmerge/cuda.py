@@ -76,7 +76,7 @@ def merge(
         run.device,
         run.stream,
     )
-    return found_of(rows, *counts)
+    return found_of(rows, counts)
 
 
 def merge_ranked(
@@ -102,7 +102,7 @@ def merge_ranked(
         run.device,
         run.stream,
     )
-    return cuts_of(magnitudes, ends, ranks), found_of(rows, *counts)
+    return cuts_of(magnitudes, ends, ranks), found_of(rows, counts)
 
 
 def merge_async(inputs: Inputs, sweeps: Sequence[Sweep], targets: Sequence[Target], cuts: int, run: Run) -> None:

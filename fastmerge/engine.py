@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from . import backends, cards, provenance
 from .batches import BATCH_BYTES, Reader, in_batches
-from .checkpoint import DTYPE_BITS, STAGES, Checkpoint, Writer, open_checkpoint, same_bytes, sidecars
+from .checkpoint import DTYPE_BITS, STAGES, Checkpoint, Writer, hashing, open_checkpoint, same_bytes, sidecars
 from .choice import Choice
 from .errors import BackendError, CheckpointError, FastmergeWarning, NonFiniteError, OutputError
 from .health import Checkup, Health
@@ -278,7 +278,7 @@ class _Work:
 
     @property
     def run(self) -> Run:
-        return Run(self.threads, tick=self.watch.tick)
+        return Run(self.threads, tick=self.watch.tick, hash=hashing.function())
 
 
 def _run(stage: Stage, written: Mapping[str | None, Checkpoint], outputs: Mapping[str, Writer], work: _Work) -> Health:
@@ -299,8 +299,10 @@ def _run(stage: Stage, written: Mapping[str | None, Checkpoint], outputs: Mappin
                 if any(found.nonfinite) and not work.propagate:
                     raise _nonfinite(job, found, models)
                 checkup.note(job, found.nonfinite)
-                for writer, elements, count in zip(writers, overflown.values(), found.overflow, strict=True):
-                    writer.record(job.name, count, work.worked)
+                hashes = found.hashes or (None,) * len(writers)
+                outcome = zip(writers, overflown.values(), found.overflow, hashes, strict=True)
+                for writer, elements, count, its_hash in outcome:
+                    writer.record(job.name, count, work.worked, its_hash)
                     if count:
                         elements[job.name] = count
         health = checkup.health(overflown)

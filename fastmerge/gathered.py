@@ -33,6 +33,7 @@ def _swept(job: Job, pieces: Pieces, ops: backends.Ops, cuts: Cuts, targets: Seq
     if job.direct:
         whole = pieces.whole()
         return ops.compute([whole.inputs], [functions_of(job)], [targets], run)[0]
+    run = run._replace(hash=0)  # parts of a tensor end where its pieces do not
     width = row_of(job)
     sweeps = [] if width else measured(Batch([job], [pieces.inputs], []), _Joint(ops, pieces), cuts, run)[0]
     views = len(pieces.inputs.views)

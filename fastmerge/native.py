@@ -108,7 +108,7 @@ def merge(
     """
     rows = _records.rows(tensors, settings=[len(each) for each in sweeps])
     with _cut_inputs():
-        found = _core.merge(
+        nonfinite, first, overflow, hashes = _core.merge(
             rows,
             _records.views(tensors),
             _records.sweeps(sweeps),
@@ -118,8 +118,9 @@ def merge(
             run.threads,
             run.tile,
             run.tick,
+            run.hash,
         )
-    return found_of(rows, *found)
+    return found_of(rows, (nonfinite, first, overflow), hashes)
 
 
 def merge_ranked(
@@ -136,7 +137,7 @@ def merge_ranked(
     rows = _records.rows(tensors, settings=[len(each) for each in sweeps])
     tick = run.tick
     with _cut_inputs():
-        *found, magnitudes, ends = _core.merge_ranked(
+        nonfinite, first, overflow, hashes, magnitudes, ends = _core.merge_ranked(
             rows,
             _records.views(tensors),
             _records.sweeps(sweeps),
@@ -147,8 +148,9 @@ def merge_ranked(
             run.threads,
             run.tile,
             tick and (lambda read: tick(2 * read)),
+            run.hash,
         )
-    return cuts_of(magnitudes, ends, ranks), found_of(rows, *found)
+    return cuts_of(magnitudes, ends, ranks), found_of(rows, (nonfinite, first, overflow), hashes)
 
 
 def lowrank(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
-from .checkpoint import tokenizer_files
+from .checkpoint import hashing, tokenizer_files
 from .checkpoint.header import looks_like, open_regular, parse_json, read_small
 from .errors import CheckpointError
 from .planner import Job, Planned, Stage
@@ -63,7 +63,7 @@ class Tensor(NamedTuple):
     method: str
     parameters: Mapping[str, Any]
     models: Mapping[str, Mapping[str, Any]]
-    xxh3_128: str
+    hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def written(
         recipe_text: the recipe; that of the variant where parameters vary.
         command: what merges it again.
         inputs: what `inputs_of` says of the stage.
-        hashes: by name the xxh3_128 of each tensor's bytes, in hexadecimal.
+        hashes: by name the hash of each tensor's bytes, in hexadecimal.
         worked: by provider, the ops that it ran.
         isa: the instruction set of the compiled core; None where that had no work.
         seed: the one given beside the recipe.
@@ -122,6 +122,7 @@ def written(
         "format": _FORMAT,
         "fastmerge": __version__,
         "arithmetic": ARITHMETIC,
+        "hash": hashing.NAME,
         "versions": _versions(worked),
         "provider": {name: sorted(ops) for name, ops in sorted(worked.items())},
         "isa": isa,
@@ -241,7 +242,7 @@ def _tensor_lines(stage: Stage, variant: int, hashes: Mapping[str, str]) -> Iter
         if key not in texts:
             texts[key] = _settings(job, variant, [names[model] for model in models])
         place = f'{{"file": {_json(file)}, "dtype": "{job.dtype}", "shape": {_json(job.shape)}'
-        yield f'{_json(name)}: {place}, {texts[key]}, "xxh3_128": "{hashes[name]}"}}'
+        yield f'{_json(name)}: {place}, {texts[key]}, "hash": "{hashes[name]}"}}'
 
 
 def _settings(job: Job, variant: int, names: Sequence[str]) -> str:
@@ -281,6 +282,8 @@ def _record(document: Any) -> Record:
     at = _Fields(document, "it")
     if (number := at.take("format", int)) != _FORMAT:
         raise ValueError(f"its format is {number}, and this fastmerge reads {_FORMAT}")
+    if (name := at.take("hash", str)) != hashing.NAME:
+        raise ValueError(f"its hash is {name!r:.100}, and this fastmerge knows {hashing.NAME!r}")
     provider = at.take("provider", dict)
     return Record(
         at.take("fastmerge", str),
@@ -317,7 +320,7 @@ def _tensor(at: _Fields) -> Tensor:
         at.take("method", str),
         at.take("parameters", dict),
         _each(at.take("models", dict), dict, f"models of {at.what}"),
-        at.digest("xxh3_128"),
+        at.digest("hash"),
     )
 
 

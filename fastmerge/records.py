@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, repeat
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from .sweep import Cut, Found, Inputs, Sweep, Target
 #: The numbers by which the compiled modules know the dtypes.
 DTYPE_CODES = {"F32": 0, "F16": 1, "BF16": 2, "U8": 3}
 
-_Flat = TypeVar("_Flat", NDArray[np.int64], NDArray[np.float64], tuple[int, ...])
+_Flat = TypeVar("_Flat", NDArray[np.int64], NDArray[np.float64], tuple[int, ...], tuple[bytes, ...])
 
 
 class Layouts(Protocol):
@@ -77,10 +77,10 @@ def cuts_of(
     return [tuple(islice(cuts, len(wanted))) for wanted in ranks]
 
 
-def found_of(
-    rows: NDArray[np.void], nonfinite: NDArray[np.int64], first: NDArray[np.int64], overflow: NDArray[np.int64]
-) -> list[Found]:
-    """What a merge noticed, by tensor."""
+def found_of(rows: NDArray[np.void], counts: Iterable[NDArray[np.int64]], hashes: Iterable[bytes] = ()) -> list[Found]:
+    """What a merge noticed, by tensor: not finite, first and overflow."""
     inputs, outputs = rows["inputs"].tolist(), rows["settings"].tolist()
-    counts = [tuple(each.tolist()) for each in (nonfinite, first, overflow)]
-    return list(map(Found, split(counts[0], inputs), split(counts[1], inputs), split(counts[2], outputs)))
+    nonfinite, first, overflow = (tuple(each.tolist()) for each in counts)
+    by_output = tuple(hashes)
+    each = split(by_output, outputs) if by_output else repeat(())
+    return list(map(Found, split(nonfinite, inputs), split(first, inputs), split(overflow, outputs), each))

@@ -147,11 +147,15 @@ class Cut(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a sweep noticed: NaN and Inf per input (base last), the first of each (-1: none), overflow per output."""
+    """What a sweep noticed: NaN and Inf per input (base last), the first of each (-1: none), overflow per output.
+
+    `hashes` are those of the outputs, where `Run.hash` was given and the provider hashes what it writes; else none.
+    """
 
     nonfinite: tuple[int, ...]
     first: tuple[int, ...]
     overflow: tuple[int, ...]
+    hashes: tuple[bytes, ...] = ()
 
 
 class Run(NamedTuple):
@@ -162,3 +166,4 @@ class Run(NamedTuple):
     tick: Callable[[int], None] | None = None
     device: int = 0  # of the GPU that runs the op
     stream: int = 0  # of that GPU; an op returns when its work there is done
+    hash: int = 0  # checkpoint.hashing.function(), where whole tensors go to files and their hashes are wanted

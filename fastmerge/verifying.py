@@ -13,11 +13,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
 from . import backends, memory, provenance
 from .batches import BATCH_BYTES, Reader, in_batches
 from .checkpoint import Checkpoint, Writer, lay_out, open_checkpoint, same_bytes
+from .checkpoint.hashing import PIECE, hash_of
 from .checkpoint.header import open_regular
 from .errors import CheckpointError
 from .measures import model_cuts
@@ -149,7 +148,7 @@ def _damaged(
             done += held.tensors[name].nbytes
             if progress:
                 progress(done, total)
-            if digest != record.tensors[name].xxh3_128:
+            if digest != record.tensors[name].hash:
                 yield Wrong(f"tensor {name!r} has other bytes than were written", *_place(held, name))
     except CheckpointError:
         held.check_unchanged()  # which knows the file
@@ -159,17 +158,20 @@ def _damaged(
 
 
 def _hash(held: Checkpoint, name: str) -> str:
-    info, hasher = held.tensors[name], xxhash.xxh3_128()
-    room = memoryview(bytearray(min(info.nbytes, _PIECE)))
+    info = held.tensors[name]
+    room = memoryview(bytearray(min(info.nbytes, _READ)))
+
+    def parts(file: int) -> Iterator[memoryview]:
+        for begin in range(info.begin, info.end, _READ):
+            part = room[: min(_READ, info.end - begin)]
+            memory.load(file, begin, part)
+            yield part
+
     with open_regular(held.file_of(name)) as file:
-        for begin in range(info.begin, info.end, _PIECE):
-            piece = room[: min(_PIECE, info.end - begin)]
-            memory.load(file.fileno(), begin, piece)
-            hasher.update(piece)
-    return hasher.hexdigest()
+        return hash_of(parts(file.fileno())).hex()
 
 
-_PIECE = 1 << 20  # bytes read and hashed at a time, which stay in the cache
+_READ = 32 * PIECE  # bytes read and hashed at a time, which stay in the cache
 
 
 def _place(held: Checkpoint, name: str) -> tuple[str, str, int, int]:

@@ -233,11 +233,13 @@ struct Merges {
   explicit Merges(const Request& request)
       : nonfinite(request.views.size()), first(request.views.size(), -1), overflow(request.targets.size()) {
     size_t view = 0, setting = 0, part = 0;
+    hashes.reserve(request.targets.size());
     for (size_t t = 0; t < request.rows.size(); ++t) {
       const Row& row = request.rows[t];
+      for (int k = 0; k < row.settings; ++k) hashes.emplace_back(0);
       all.push_back({request.tensors[t], row.settings, request.sweeps.data() + setting, request.parts.data() + part,
                      request.targets.data() + setting, nonfinite.data() + view, first.data() + view,
-                     overflow.data() + setting});
+                     overflow.data() + setting, hashes.data() + setting});
       view += static_cast<size_t>(row.inputs);
       setting += static_cast<size_t>(row.settings);
       part += request.parts_of(t);
@@ -250,6 +252,7 @@ struct Merges {
   }
 
   std::vector<Merge> all;
+  std::vector<PieceHashes> hashes;
   std::vector<int64_t> nonfinite, first, overflow;
 };
 

@@ -234,7 +234,7 @@ NEEDLESS = [flag for flag in FLAGS if flag.fate is Fate.ACCEPTED]
 def test_what_is_not_needed_says_so_in_one_line(
     command: str, flag: Flag, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
-    monkeypatch.setattr("fastmerge.cli._closing", lambda _: "done")
+    monkeypatch.setattr("fastmerge.showing.closing", lambda _: "done")
     monkeypatch.setattr("fastmerge.backends.why_not", lambda _: "")
     arguments = (command, "linear.yml", "out", flag.names[-1], *GIVEN[flag.takes])
     ended = run(*arguments)

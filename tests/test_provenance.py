@@ -52,6 +52,7 @@ def test_the_file_has_these_fields() -> None:
         "format",
         "fastmerge",
         "arithmetic",
+        "hash",
         "versions",
         "provider",
         "isa",
@@ -74,21 +75,21 @@ def test_the_file_has_these_fields() -> None:
     for each in record["inputs"]:
         assert each["files"]["model.safetensors"].pop("fingerprint").isalnum()
         assert each["files"] == {"model.safetensors": file}
-    assert record["tensors"][UP] | {"xxh3_128": "-"} == {
+    assert record["tensors"][UP] | {"hash": "-"} == {
         "file": "model.safetensors",
         "dtype": "BF16",
         "shape": [24, 40],
         "method": "ties",
         "parameters": {**record["tensors"]["model.scalar"]["parameters"], "lambda": 0.9},
         "models": {"a": {"weight": 0.25, "density": 0.5}, "b": {"weight": 0.5, "density": 1.0}},
-        "xxh3_128": "-",
+        "hash": "-",
     }
     assert record["tensors"]["model.scalar"]["models"]["a"] == {"weight": 0.25, "density": 0.75}
 
 
 def test_what_is_read_is_what_was_written() -> None:
     record = merged(TIES, seed=3)
-    assert {name: tensor.xxh3_128 for name, tensor in record.tensors.items()} == hashes(Path("out"))
+    assert {name: tensor.hash for name, tensor in record.tensors.items()} == hashes(Path("out"))
     assert record.tensors["model.empty"].shape == (0, 3)
     assert [(each.name, each.role, each.revision) for each in record.inputs] == [
         ("base", "base", None),
@@ -218,6 +219,7 @@ def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 DAMAGE = {
     "no-format": changed("format", ...),
     "later-format": changed("format", 2),
+    "another-hash": changed("hash", "md5"),
     "format-true": changed("format", True),
     "no-recipe": changed("recipe", ...),
     "recipe-a-list": changed("recipe", []),
@@ -236,8 +238,8 @@ DAMAGE = {
     "shape-of-booleans": changed("tensors/model.scalar/shape", [True]),
     "models-a-list": changed("tensors/model.scalar/models", []),
     "models-of-numbers": changed("tensors/model.scalar/models", {"a": 1}),
-    "no-hash": changed("tensors/model.scalar/xxh3_128", ...),
-    "hash-too-short": changed("tensors/model.scalar/xxh3_128", "0f"),
+    "no-hash": changed("tensors/model.scalar/hash", ...),
+    "hash-too-short": changed("tensors/model.scalar/hash", "0f"),
 }
 
 

@@ -80,11 +80,10 @@ def test_killed_at_a_call_the_same_command_ends_in_the_same_bytes(
 
 
 def test_what_was_whole_is_not_merged_again(folder: Path, layer: Path, expected: dict[str, dict[str, bytes]]) -> None:
-    assert merge(folder, ["ties.yml", "out"], layer=layer, fault="pwrite 12 KILL").code < 0
+    assert merge(folder, ["ties.yml", "out"], layer=layer, fault="write 8 KILL").code < 0
     again = merge(folder, ["ties.yml", "out"])
     assert again.code == 0
-    taken = int(again.out.split(" tensors, ")[1].split(" of them before")[0])
-    assert 5 <= taken <= 11
+    assert " 13 tensors, 5 of them before" in again.out
     assert files(folder / "out") == expected["ties"]
 
 
@@ -122,9 +121,9 @@ def test_ended_at_random_moments(folder: Path, expected: dict[str, dict[str, byt
     moments = random.Random(5)
     for _ in range(8):
         ended = merge(folder, ["dare_ties.yml", "out", *SHARDED], timer=moments.uniform(0.05, 0.6))
-        if ended.code == 0:
+        assert ended.code in (0, -signal.SIGALRM)
+        if looks_whole(folder / "out"):  # the moment may be after the last rename
             break
-        assert ended.code == -signal.SIGALRM
     else:
         assert merge(folder, ["dare_ties.yml", "out", *SHARDED]).code == 0
     assert files(folder / "out") == expected["dare_ties --shard-size 60KB"]
@@ -210,8 +209,8 @@ def test_calls_that_do_half_or_are_interrupted_are_done_again(
 
 
 def cut(folder: Path, layer: Path, *options: str) -> None:
-    """An unfinished merge."""
-    assert merge(folder, ["ties.yml", "out", *options], layer=layer, fault="pwrite 9 KILL").code < 0
+    """An unfinished merge: the journal's next line would have been its sixth of a tensor."""
+    assert merge(folder, ["ties.yml", "out", *options], layer=layer, fault="write 8 KILL").code < 0
     assert len((folder / "out" / JOURNAL).read_bytes().splitlines()) > 4
 
 

@@ -109,8 +109,13 @@ def _called(node: ast.Call) -> Iterator[str]:
     yield from (key for key, sound in _KEYWORDS.items() if key in given and given[key] is not sound)
     if name == "import_module" and not _fixed(node.args[0]):
         yield "import_module"
-    if name in ("CDLL", "PyDLL", "LoadLibrary") and getattr(node.args[0], "value", ...) is not None:
+    if name in ("CDLL", "PyDLL", "LoadLibrary") and not _loaded(node.args[0]):
         yield name
+
+
+def _loaded(library: ast.expr) -> bool:
+    """Whether a library is the process itself, or a module that was imported."""
+    return getattr(library, "value", ...) is None or getattr(library, "attr", "") == "__file__"
 
 
 def _fixed(name: ast.expr) -> bool:

@@ -113,7 +113,7 @@ def files_of(folder: str) -> tuple[dict[str, str], dict[str, Any]]:
     """The digests of its files, and its record but for the ops that ran."""
     files = {Path(file).name: digest for file, digest in digests(folder).items()}
     record = json.loads(Path(folder, "fastmerge.json").read_text())
-    hashes = {name: tensor["xxh3_128"] for name, tensor in record["tensors"].items()}
+    hashes = {name: tensor["hash"] for name, tensor in record["tensors"].items()}
     del files["fastmerge.json"]
     return files, {"tensors": hashes, "command": record["command"], "inputs": record["inputs"]}
 

@@ -26,10 +26,6 @@ constexpr int64_t PAST_CACHES = 8 << 20;
 constexpr int TOGETHER = 16;
 
 void write_all(const Target& target, int64_t at_byte, const char* from, int64_t bytes) {
-  if (target.file < 0) {
-    memcpy(reinterpret_cast<char*>(target.offset + at_byte), from, static_cast<size_t>(bytes));
-    return;
-  }
   for (int64_t written = 0; written < bytes;) {
     const ssize_t now =
         pwrite(target.file, from + written, static_cast<size_t>(bytes - written), target.offset + at_byte + written);
@@ -108,12 +104,23 @@ int alike(const Merge& merge, int setting) {
   return count;
 }
 
-int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, char* block) {
+// A part of a setting's output, which begins so many bytes from its start, goes where it belongs.
+void put(const Merge& merge, int setting, int64_t at_byte, const char* from, int64_t bytes, Hash hash) {
+  const Target& target = merge.targets[setting];
+  if (target.file < 0) {
+    memcpy(reinterpret_cast<char*>(target.offset + at_byte), from, static_cast<size_t>(bytes));
+    return;
+  }
+  if (hash) merge.hashes[setting].note(hash, at_byte, from, bytes);
+  write_all(target, at_byte, from, bytes);
+}
+
+int64_t sweep_tile(const Tile& tile, const Crew& crew, bool past_caches, char* block) {
   const Merge& merge = *tile.merge;
   const Tensor& tensor = merge.tensor;
   if (dtype_of(tensor.views[0]) == DType::U8) {
     for (int setting = 0; setting < merge.settings; ++setting) {
-      write_all(merge.targets[setting], tile.begin, bytes_of(tensor.views[0], tile.begin), tile.end - tile.begin);
+      put(merge, setting, tile.begin, bytes_of(tensor.views[0], tile.begin), tile.end - tile.begin, crew.hash);
     }
     return tile.end - tile.begin;
   }
@@ -136,8 +143,8 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, c
         outputs[each - setting] = {merge.sweeps[each].lambda, out, past};
       }
       const auto sweep = [&](DType to, const Output* places, int settings) {
-        return kernels.merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at, count, to,
-                             places, settings, setting == 0 ? counts : nullptr, scratch);
+        return crew.kernels->merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at, count, to,
+                                   places, settings, setting == 0 ? counts : nullptr, scratch);
       };
       const auto dtype = static_cast<DType>(merge.targets[setting].dtype);
       if (sweep(dtype, outputs, next - setting) < overflow_bits(dtype)) continue;
@@ -155,9 +162,9 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, c
     }
   }
   for (int setting = 0; setting < merge.settings; ++setting) {
-    const Target& target = merge.targets[setting];
-    const int64_t size = size_of(static_cast<DType>(target.dtype));
-    if (target.file >= 0) write_all(target, tile.begin * size, hot + setting * stride, (tile.end - tile.begin) * size);
+    if (merge.targets[setting].file < 0) continue;
+    const int64_t size = size_of(static_cast<DType>(merge.targets[setting].dtype));
+    put(merge, setting, tile.begin * size, hot + setting * stride, (tile.end - tile.begin) * size, crew.hash);
   }
 #ifdef __SSE2__
   if (past_caches) _mm_sfence();
@@ -167,10 +174,18 @@ int64_t sweep_tile(const Tile& tile, const Kernels& kernels, bool past_caches, c
 
 }  // namespace
 
+int64_t grain(const Merge& merge, const Crew& crew) {
+  int64_t elements = CHUNK;
+  for (int setting = 0; crew.hash && setting < merge.settings; ++setting) {
+    elements = std::max(elements, PIECE / size_of(static_cast<DType>(merge.targets[setting].dtype)));
+  }
+  return elements;
+}
+
 void cover(const Merge& merge, int64_t begin, int64_t end, const Crew& crew, Counts* counts, std::vector<Tile>& tiles) {
   if (merge.settings == 0) return;
-  const int64_t wanted = crew.tile > 0 ? crew.tile : TILE / merge.settings;
-  const int64_t length = std::max<int64_t>((wanted + CHUNK - 1) / CHUNK, 1) * CHUNK;
+  const int64_t wanted = crew.tile > 0 ? crew.tile : TILE / merge.settings, step = grain(merge, crew);
+  const int64_t length = std::max<int64_t>((wanted + step - 1) / step, 1) * step;
   for (; begin < end; begin += length) tiles.push_back({&merge, begin, std::min(begin + length, end), counts});
 }
 
@@ -189,7 +204,7 @@ void sweep(const std::vector<Tile>& tiles, const Crew& crew) {
   }
   const bool past_caches = in_memory > PAST_CACHES;
   parallel(static_cast<int64_t>(tiles.size()), crew.threads, scratch_bytes, crew.tick, [&](int64_t item, char* block) {
-    return sweep_tile(tiles[static_cast<size_t>(item)], *crew.kernels, past_caches, block);
+    return sweep_tile(tiles[static_cast<size_t>(item)], crew, past_caches, block);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "hash.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -13,9 +14,11 @@ struct Crew {
   int threads;
   int64_t tile;  // elements; 0: chosen here
   Tick tick;
+  Hash hash = nullptr;  // of what is written to files; none: not wanted
 };
 
-// One tensor of a merge: K sweeps, K x models parts, K targets; and what is found, inputs and K long.
+// One tensor of a merge: K sweeps, K x models parts, K targets; and what is found, inputs and K long. `hashes`, too,
+// are K: those of the pieces of each output, where hashing is wanted and the output goes to a file.
 struct Merge {
   Tensor tensor;
   int settings;
@@ -25,6 +28,7 @@ struct Merge {
   int64_t* nonfinite;
   int64_t* first;
   int64_t* overflow;
+  PieceHashes* hashes;
 };
 
 // Throws std::system_error when a target cannot be written.

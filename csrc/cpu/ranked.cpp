@@ -21,6 +21,7 @@ constexpr int64_t EVERY = std::numeric_limits<int64_t>::max();
 constexpr int64_t LARGE = 1 << 19;                             // elements; below, the second read finds them in a cache
 constexpr int64_t RUN = 32, RUNS = 256, SAMPLES = RUN * RUNS;  // a run is a line of each input; they lie evenly apart
 constexpr int64_t UNIT = 8 * CHUNK;
+static_assert(UNIT * 2 % PIECE == 0, "a unit fills whole pieces of every output that may be hashed");
 constexpr double MARGIN = 8;  // standard deviations
 constexpr int SWEEPS = 3;
 
@@ -211,7 +212,7 @@ void conclude(Ranked& ranked, const Kernels& kernels, char* block) {
   }
 }
 
-// The chunks in which some model's equals were kept or left out wrongly.
+// The parts, as small as may be, in which some model's equals were kept or left out wrongly.
 void cover_wrong(Ranked& ranked, const Crew& crew, std::vector<Tile>& tiles) {
   const auto wrong = [&](int64_t begin, int64_t end) {
     for (int model = 0; model < ranked.models(); ++model) {
@@ -221,9 +222,10 @@ void cover_wrong(Ranked& ranked, const Crew& crew, std::vector<Tile>& tiles) {
     }
     return false;
   };
+  const int64_t step = grain(ranked.merge, crew);
   int64_t from = -1;
-  for (int64_t begin = 0; begin < ranked.elements(); begin += CHUNK) {
-    const bool now = wrong(begin, std::min(begin + CHUNK, ranked.elements()));
+  for (int64_t begin = 0; begin < ranked.elements(); begin += step) {
+    const bool now = wrong(begin, std::min(begin + step, ranked.elements()));
     if (now && from < 0) from = begin;
     if (!now && from >= 0) {
       cover(ranked.merge, from, begin, crew, nullptr, tiles);

@@ -16,9 +16,12 @@ struct Counts {
 
 struct Tile {
   const Merge* merge;
-  int64_t begin, end;  // multiples of CHUNK, or the end of the tensor
+  int64_t begin, end;  // multiples of its grain, or the end of the tensor
   Counts* counts;      // filled where given, and what is odd is left as it comes
 };
+
+// The elements by which a merge is cut into tiles: a chunk, or what fills whole pieces of each output that are hashed.
+int64_t grain(const Merge& merge, const Crew& crew);
 
 // Adds tiles that cover [begin, end) of a merge.
 void cover(const Merge& merge, int64_t begin, int64_t end, const Crew& crew, Counts* counts, std::vector<Tile>& tiles);

@@ -12,19 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
 from .. import system
 from .folder import left_in
+from .hashing import hash_of
 
-_FORMAT = 1
+_FORMAT = 2
 _TOGETHER_BYTES = 1 << 26  # of tensors that are noted together
 _TOGETHER = 512
 
 
 class Whole(NamedTuple):
-    """A tensor whose bytes were all written: their xxh3_128 in hexadecimal, how many elements became infinite, and the
-    ops that each provider had run by then."""
+    """A tensor whose bytes were all written: their hash in hexadecimal, how many elements became infinite, and the ops
+    that each provider had run by then."""
 
     hash: str
     overflow: int
@@ -88,19 +87,25 @@ def _is_sound(whole: Whole) -> bool:
 
 
 class Recorder:
-    """Notes tensors in a journal as they become whole, on a thread of its own that reads them back to hash them."""
+    """Notes tensors in a journal as they become whole, on a thread of its own that reads those back which were not
+    hashed while they were written."""
 
-    def __init__(self, journal: Journal, hashes: Callable[[Sequence[str]], list[str]]) -> None:
+    def __init__(self, journal: Journal, read_back: Callable[[Sequence[str]], dict[str, str]]) -> None:
         self._journal = journal
-        self._hashes = hashes
+        self._read_back = read_back
         self._thread = ThreadPoolExecutor(1, "fastmerge-journal", system.stand_back)
         self._noted: list[Future[None]] = []
         self._overflow: dict[str, int] = {}  # of the tensors that are noted next
+        self._hashes: dict[str, str] = {}  # of some of them
         self._worked: Mapping[str, Collection[str]] = {}
         self._nbytes = 0
 
-    def add(self, tensor: str, overflow: int, worked: Mapping[str, Collection[str]], nbytes: int) -> None:
+    def add(
+        self, tensor: str, overflow: int, worked: Mapping[str, Collection[str]], nbytes: int, hash: bytes | None
+    ) -> None:
         self._overflow[tensor] = overflow
+        if hash is not None:
+            self._hashes[tensor] = hash.hex()
         self._worked = worked
         self._nbytes += nbytes
         if self._nbytes >= _TOGETHER_BYTES or len(self._overflow) >= _TOGETHER:
@@ -121,17 +126,18 @@ class Recorder:
     def _begin(self) -> None:
         if self._overflow:
             worked = {name: sorted(ops) for name, ops in self._worked.items()}
-            self._noted.append(self._thread.submit(self._note, self._overflow, worked))
-            self._overflow, self._nbytes = {}, 0
+            self._noted.append(self._thread.submit(self._note, self._overflow, self._hashes, worked))
+            self._overflow, self._hashes, self._nbytes = {}, {}, 0
 
-    def _note(self, overflow: Mapping[str, int], worked: Mapping[str, Sequence[str]]) -> None:
-        hashes = self._hashes(list(overflow))
-        whole = [Whole(now, count, worked) for now, count in zip(hashes, overflow.values(), strict=True)]
-        self._journal.add(dict(zip(overflow, whole, strict=True)))
+    def _note(
+        self, overflow: Mapping[str, int], hashes: Mapping[str, str], worked: Mapping[str, Sequence[str]]
+    ) -> None:
+        known = {**hashes, **self._read_back([tensor for tensor in overflow if tensor not in hashes])}
+        self._journal.add({tensor: Whole(known[tensor], count, worked) for tensor, count in overflow.items()})
 
 
 def hashes_of(path: Path, places: Sequence[tuple[int, int]]) -> list[str]:
-    """The xxh3_128 of parts of a file in ascending order, each by its begin and end; OSError where it is shorter.
+    """The hash of parts of a file in ascending order, each by its begin and end; OSError where it is shorter.
 
     Through a mapping, which is twice as fast as to copy: the file is one that this process alone writes.
     """
@@ -141,7 +147,7 @@ def hashes_of(path: Path, places: Sequence[tuple[int, int]]) -> list[str]:
         if os.fstat(file.fileno()).st_size < end:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         if end == start:
-            return [xxhash.xxh3_128_hexdigest(b"")] * len(places)
+            return [hash_of([]).hex()] * len(places)
         mapped = mmap.mmap(file.fileno(), end - start, access=mmap.ACCESS_READ, offset=start)
         with mapped, memoryview(mapped) as view:
             return [_hash(view, begin - start, end - start) for begin, end in places]
@@ -149,4 +155,4 @@ def hashes_of(path: Path, places: Sequence[tuple[int, int]]) -> list[str]:
 
 def _hash(view: memoryview, begin: int, end: int) -> str:
     with view[begin:end] as part:
-        return xxhash.xxh3_128_hexdigest(part)
+        return hash_of([part]).hex()

@@ -84,7 +84,7 @@ class Writer:
             self._out.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self._out)
             self._journal = Journal(self._out / JOURNAL)
-            self._recorder = Recorder(self._journal, self._hashes)
+            self._recorder = Recorder(self._journal, self._read_back)
             try:
                 if not self._goes_on():
                     clear(self._out)
@@ -130,24 +130,25 @@ class Writer:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The xxh3_128 of each tensor's bytes, once all are recorded and the writer has been told so by `settle`."""
+        """The hash of each tensor's bytes, once all are recorded and the writer has been told so by `settle`."""
         return {name: whole.hash for name, whole in self._journal.whole.items()}
 
     def still_whole(self, name: str) -> Whole | None:
         """What is known of a claimed tensor, where its bytes are those that were written."""
         whole = self._journal.whole[name]
-        (now,) = self._hashes([name])
-        if now == whole.hash:
+        if self._read_back([name])[name] == whole.hash:
             return whole
         del self._journal.whole[name]
         return None
 
-    def record(self, name: str, overflow: int, worked: Mapping[str, Collection[str]]) -> None:
-        """Notes in the journal, soon, that a tensor is complete and right: how many elements became infinite, and the
-        ops that each provider has run by now."""
+    def record(
+        self, name: str, overflow: int, worked: Mapping[str, Collection[str]], hash: bytes | None = None
+    ) -> None:
+        """Notes in the journal, soon, that a tensor is complete and right: how many elements became infinite, the ops
+        that each provider has run by now, and its hash, for which it is read back where none is given."""
         if self._plan is not None:
             _, begin, end = self._places[name]
-            self._recorder.add(name, overflow, worked, end - begin)
+            self._recorder.add(name, overflow, worked, end - begin, hash)
 
     def settle(self) -> None:
         """Waits until all that was recorded is in the journal, and the weights are on the disk."""
@@ -217,15 +218,15 @@ class Writer:
                     self._open.pop(next(iter(self._open)))
             return file
 
-    def _hashes(self, names: Sequence[str]) -> list[str]:
-        """The xxh3_128 of the bytes of tensors."""
+    def _read_back(self, names: Sequence[str]) -> dict[str, str]:
+        """The hashes of the bytes of tensors, as they lie in the files."""
         hashes: dict[str, str] = {}
         places = sorted([(*self._places[name], name) for name in names])
         for shard, group in groupby(places, key=itemgetter(0)):
             _, begins, ends, mine = zip(*group, strict=True)
             found = hashes_of(self._hidden(shard), list(zip(begins, ends, strict=True)))
             hashes |= zip(mine, found, strict=True)
-        return [hashes[name] for name in names]
+        return hashes
 
     def _goes_on(self) -> bool:
         """Whether what an earlier run left is taken up; OutputError where it is of something else."""
