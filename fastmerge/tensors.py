@@ -78,15 +78,23 @@ def writable(value: Any, name: str) -> Held:
 
 
 def empty(dtype: str, shape: tuple[int, ...], device: str, of_torch: bool) -> Held:
-    """A new tensor, whose values are whatever was there."""
+    """A new tensor, whose values are whatever was there; on the CPU it begins with a line of the caches, as only such
+    outputs are written past them."""
     if of_torch:
         import torch
 
         return _of_torch(torch.empty(shape, dtype=getattr(torch, _WORDS[dtype]), device=device), "a new tensor")
     try:
-        return _of_numpy(np.empty(shape, np.dtype(_WORDS[dtype])), "a new array")
+        kind = np.dtype(_WORDS[dtype])
     except TypeError:
         raise MismatchError(f"numpy has no {_WORDS[dtype]}: install torch, or import ml_dtypes") from None
+    nbytes = math.prod(shape) * kind.itemsize
+    room = np.empty(nbytes + _LINE, np.uint8)
+    begin = -room.ctypes.data % _LINE
+    return _of_numpy(room[begin : begin + nbytes].view(kind).reshape(shape), "a new array")
+
+
+_LINE = 64
 
 
 def copy(source: Held, into: Held) -> None:

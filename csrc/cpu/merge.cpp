@@ -16,11 +16,12 @@
 namespace fastmerge {
 namespace {
 
-// Elements per tile, over all settings: half a megabyte of bf16 output, which stays in the second cache until it is
-// written.
+// Elements per tile: half a megabyte of bf16 output, which stays in the second cache until it is written. Of each of
+// several outputs half of that, as smaller writes cost more than the second cache saves, and of all at most HOT bytes.
 constexpr int64_t TILE = 128 * CHUNK;
+constexpr int64_t HOT = 4 << 20;
 // Outputs in memory that are larger than this together go past the caches, which need not read what is overwritten.
-constexpr int64_t PAST_CACHES = 8 << 20;
+constexpr int64_t PAST_CACHES = 1 << 20;
 
 // Settings that are swept together at most.
 constexpr int TOGETHER = 16;
@@ -89,6 +90,15 @@ void store(const float* from, int count, DType dtype, char* to) {
   }
 }
 
+// Bytes of an element of the widest output.
+int64_t widest(const Merge& merge) {
+  int64_t size = 1;
+  for (int setting = 0; setting < merge.settings; ++setting) {
+    size = std::max<int64_t>(size, size_of(static_cast<DType>(merge.targets[setting].dtype)));
+  }
+  return size;
+}
+
 // How many settings, from one on, differ in lambda alone: their means are the same.
 int alike(const Merge& merge, int setting) {
   const size_t parts = static_cast<size_t>(merge.tensor.models) * sizeof(Part);
@@ -125,8 +135,8 @@ int64_t sweep_tile(const Tile& tile, const Crew& crew, bool past_caches, char* b
     return tile.end - tile.begin;
   }
   Scratch scratch(block, tensor.inputs);
-  char* hot = block + Scratch::bytes(tensor.inputs);  // one tile after another, each with room for float32
-  const int64_t stride = (tile.end - tile.begin) * 4;
+  char* hot = block + Scratch::bytes(tensor.inputs);  // the tile of one output after another
+  const int64_t stride = (tile.end - tile.begin) * widest(merge);
   for (int64_t at = tile.begin; at < tile.end; at += CHUNK) {
     const int count = static_cast<int>(std::min<int64_t>(CHUNK, tile.end - at));
     bool looked = false;
@@ -184,7 +194,8 @@ int64_t grain(const Merge& merge, const Crew& crew) {
 
 void cover(const Merge& merge, int64_t begin, int64_t end, const Crew& crew, Counts* counts, std::vector<Tile>& tiles) {
   if (merge.settings == 0) return;
-  const int64_t wanted = crew.tile > 0 ? crew.tile : TILE / merge.settings, step = grain(merge, crew);
+  const int64_t chosen = std::min(merge.settings > 1 ? TILE / 2 : TILE, HOT / (merge.settings * widest(merge)));
+  const int64_t wanted = crew.tile > 0 ? crew.tile : chosen, step = grain(merge, crew);
   const int64_t length = std::max<int64_t>((wanted + step - 1) / step, 1) * step;
   for (; begin < end; begin += length) tiles.push_back({&merge, begin, std::min(begin + length, end), counts});
 }
@@ -195,12 +206,14 @@ void sweep(const std::vector<Tile>& tiles, const Crew& crew) {
   for (const Tile& tile : tiles) {
     const Merge& merge = *tile.merge;
     const int64_t elements = tile.end - tile.begin;
+    bool files = false;
     for (int setting = 0; setting < merge.settings; ++setting) {
       const Target& target = merge.targets[setting];
+      files |= target.file >= 0;
       if (target.file < 0) in_memory += elements * size_of(static_cast<DType>(target.dtype));
     }
-    const size_t hot = static_cast<size_t>(elements * 4 * merge.settings + 64);
-    scratch_bytes = std::max(scratch_bytes, Scratch::bytes(merge.tensor.inputs) + hot);
+    const size_t hot = files ? static_cast<size_t>(elements * widest(merge) * merge.settings) : 0;
+    scratch_bytes = std::max(scratch_bytes, Scratch::bytes(merge.tensor.inputs) + hot + 64);
   }
   const bool past_caches = in_memory > PAST_CACHES;
   parallel(static_cast<int64_t>(tiles.size()), crew.threads, scratch_bytes, crew.tick, [&](int64_t item, char* block) {
