@@ -28,6 +28,7 @@ from fastmerge.sweep import SWEPT, Inputs, Run, Sweep, Target, View
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MODELS = 3  # and a base
 PARAMETERS = {"density": 0.2, "t": 0.3}
+_PAGE, _SHIFT = 4096, 8 * 37  # bytes; by an odd number of words, so that lines of 64 bytes begin elsewhere too
 WEIGHTS = (0.5, 0.25, 0.375)  # exact, so that a vote of zero is zero in any precision; and a sum that is not 1
 
 
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     models: int = MODELS
     outputs: int = 1
+    shifted: bool = False  # each input begins elsewhere in a page, as headers differ in length; the output at a page
 
     @property
     def elements(self) -> int:
@@ -49,6 +51,10 @@ CASES = {
     "mlp": Case(1, (14336, 4096)),  # 58.7 M: a projection of Llama 3.1 8B
     "attention": Case(1, (4096, 4096)),  # 16.8 M: of the same
     "embedding": Case(1, (50257, 768)),  # 38.6 M: the tokens of GPT-2
+    "8M": Case(1, (1024, 8192)),  # 8.4 M: the keys of Llama 3.1 70B
+    "4M": Case(1, (2048, 2048)),  # 4.2 M: the queries of Llama 3.2 1B
+    "4M-shifted": Case(1, (2048, 2048), shifted=True),
+    "1M": Case(1, (512, 2048)),  # 1.0 M: the keys of the same
     "norm": Case(161, (8192,)),  # 1.3 M: every norm of Llama 3.1 70B
 }
 
@@ -78,7 +84,7 @@ class Buffers:
         self.dtype = dtype
         first = _filled(case, dtype)
         copies = rotated(case, dtype, _last_cache_bytes()) - 1
-        self._sets = [first, *(Set(tuple(map(_copied, first.models)), *map(_copied, first[1:])) for _ in range(copies))]
+        self._sets = [first, *(Set(tuple(map(_again, first.models)), *map(_again, first[1:])) for _ in range(copies))]
         self._turns = cycle(range(len(self._sets)))
 
     def __len__(self) -> int:
@@ -215,25 +221,31 @@ def _filled(case: Case, dtype: str) -> Set:
         model = np.random.default_rng(seed).standard_normal(elements, np.float32)
         model *= np.float32(0.001)
         model += base
-        models.append(narrowed(model, dtype))
-    return Set(tuple(models), narrowed(base, dtype), _room(case.outputs * elements * SWEPT[dtype]))
+        models.append(narrowed(model, dtype, case.shifted * seed * _SHIFT))
+    origin = narrowed(base, dtype, case.shifted * (case.models + 1) * _SHIFT)
+    return Set(tuple(models), origin, _room(case.outputs * elements * SWEPT[dtype]))
 
 
-def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The bytes of float32 values, rounded to a dtype."""
-    return _copied(torch.from_numpy(values).to(TORCH[dtype]).view(torch.uint8).numpy())
+def narrowed(values: np.ndarray, dtype: str, after: int = 0) -> np.ndarray:
+    """The bytes of float32 values, rounded to a dtype; so many after the beginning of a page."""
+    return _copied(torch.from_numpy(values).to(TORCH[dtype]).view(torch.uint8).numpy(), after)
 
 
-def _copied(raw: np.ndarray) -> np.ndarray:
-    room = _room(raw.size)
+def _again(raw: np.ndarray) -> np.ndarray:
+    """The same bytes at the same place of another page."""
+    return _copied(raw, raw.ctypes.data % _PAGE)
+
+
+def _copied(raw: np.ndarray, after: int) -> np.ndarray:
+    room = _room(raw.size, after)
     room[:] = raw
     return room
 
 
-def _room(nbytes: int) -> np.ndarray:
-    """Bytes that begin at a page, as a mapped file does, and are there: the first touch of a page is not timed."""
-    whole = np.full(nbytes + 4096, 0xFF, np.uint8)
-    start = -whole.ctypes.data % 4096
+def _room(nbytes: int, after: int = 0) -> np.ndarray:
+    """Bytes that begin so many `after` a page, as in a mapped file, and are there: no first touch of them is timed."""
+    whole = np.full(nbytes + 2 * _PAGE, 0xFF, np.uint8)
+    start = -whole.ctypes.data % _PAGE + after % _PAGE
     return whole[start : start + nbytes]
 
 

@@ -285,7 +285,7 @@ def _about(threads: int) -> dict[str, object]:
 def _revision() -> str:
     """Dirty where anything differs but what the bench itself writes."""
     git = ("git", "-C", str(Path(__file__).parents[1]))
-    changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/history.csv", ":!bench/page"]
+    changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/history.csv", ":!bench/page", ":!bench/counters.md"]
     try:
         name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=True).stdout.strip()
         return f"{name}-dirty" if subprocess.run(changed).returncode else name

@@ -3,7 +3,8 @@
     python bench/counters.py [--params 1.1e9] [--rounds 3]
 
 Instructions are those of callgrind (`instructions/avx2.json`), for a virtual machine seldom gives the processor's own
-counters. The rest the system counts: processor time, page faults, waits. The machine should have nothing else to do.
+counters. The rest the system counts: processor time, page faults, waits. The machine should have nothing else to do;
+how far it had is the column *others*.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -39,6 +40,12 @@ _THREADS = len(os.sched_getaffinity(0))
 _SWEPT = ("linear", "task_arithmetic", "slerp", "passthrough", "dare_linear", "dare_ties", "ties")
 _IN_CACHE = (Case(1, (8192,)), Case(1, (57344,)))  # the larger is half a megabyte with four inputs and an output
 _LAMBDAS = ",".join(str((1 + number) / 8) for number in range(8))
+_ABOUT = """
+Written by `python bench/counters.py` on {}, {} processors, {}.
+
+Instructions are counted by callgrind, the rest by the system. Of the processor's own counters (cycles, misses of its
+caches) there are none here: a virtual machine seldom gives them.
+"""
 
 
 def main() -> None:
@@ -50,15 +57,19 @@ def main() -> None:
         models = disk.write_llamas(Path(place), asked.params)
         page = [
             "# What stands in the way",
-            "",
-            f"Written by `python bench/counters.py` on {ceiling.processor()}, {_THREADS} processors, {native.isa()}.",
+            _ABOUT.format(ceiling.processor(), _THREADS, native.isa()).rstrip(),
             *_table("Sweeps in memory", _IN_MEMORY, in_memory(asked.rounds)),
             *_table("Thousands of tiny tensors, by the command line", _TINY, tiny(Path(place))),
-            *_table(
-                f"From disk to disk, {models.parameters / 1e6:,.0f} M parameters", _ON_DISK, on_disk(models, asked)
-            ),
+            *_table(f"From disk to disk, {_millions(models)} parameters", _ON_DISK, on_disk(models, asked.rounds)),
         ]
+    with tempfile.TemporaryDirectory(prefix="fastmerge-bench-") as place:
+        models = disk.write_llamas(Path(place), _held(asked.params))
+        page += _table(f"8 outputs of one read, {_millions(models)} parameters", _MANY, outputs(models, asked.rounds))
     _PAGE.write_text("\n".join(page) + "\n")
+
+
+def _millions(models: disk.Models) -> str:
+    return f"{models.parameters / 1e6:,.0f} M"
 
 
 def _table(title: str, head: str, rows: Iterator[Sequence[Any]]) -> list[str]:
@@ -130,42 +141,63 @@ def _least(call: Callable[[], object], rounds: int) -> float:
 
 _ON_DISK = """
 Each a process from start to end, in turn, on models in the page cache; medians. *floor* moves the same bytes through
-our reader and writer without arithmetic. *idle*: what is left of the processors' time. *sync*: how long the process
-waited for the disk at its end, which `cp` does not.
+our reader and writer without arithmetic. Seconds of all processors in that time: its *user* and *system*; *others*,
+what other processes and the system itself had of them, as when it writes back; *idle*, when a processor had nothing to
+run, waiting for the disk or not. *sync*: how long the process waited for the disk at its end, which `cp` does not.
 
-process | seconds | user | system | idle | sync | page faults | written, MB
+process | seconds | user | system | others | idle | sync | page faults | written, MB
 """
 
 
-def on_disk(models: disk.Models, asked: argparse.Namespace) -> Iterator[Sequence[Any]]:
+def on_disk(models: disk.Models, rounds: int) -> Iterator[Sequence[Any]]:
     run, out = Run(_THREADS), models.folder / "out"
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    several = 2 * models.parameters * (MODELS + 1 + 8) < memory / 2  # else the page cache does not hold them all
     processes: dict[str, list[str]] = {}
     for method in ("passthrough", "linear", "slerp", "task_arithmetic"):
         recipe = disk.recipe_of(method, models)
         processes[f"floor of {method}"] = _noted("floor", disk.floor(recipe, out, run)[2:])
         processes[f"{method}: cat and cp"] = disk.cat_and_cp(recipe, out)
-    recipes = models.folder / "recipes"
     for method in _SWEPT:
-        path = recipes / method / "recipe.yml"
-        path.parent.mkdir(parents=True)
-        path.write_text(disk.recipe_of(method, models).text)
-        processes[method] = _noted("merge", ["merge", str(path), str(out), "--quiet", "--backend", "cpu"])
-        if several and method in ("task_arithmetic", "ties"):
-            options = ["--vary", f"lambda={_LAMBDAS}"]
-            processes[f"{method}, 8 of lambda"] = [*processes[method], *options]
-    if several:
-        recipe = disk.recipe_of("task_arithmetic", models)
-        processes["floor of task_arithmetic, 8 outputs"] = _noted("floor", disk.floor(recipe, out, run, 8)[2:])
-    rounds = [{name: _usage(command, out) for name, command in processes.items()} for _ in range(asked.rounds)]
+        processes[method] = _merging(method, models, out)
+    yield from _in_turn(processes, out, rounds)
+
+
+_MANY = """
+The same of 8 values of lambda beside one, the models small enough that the page cache holds them and all outputs.
+
+process | seconds | user | system | others | idle | sync | page faults | written, MB
+"""
+
+
+def outputs(models: disk.Models, rounds: int) -> Iterator[Sequence[Any]]:
+    run, out = Run(_THREADS), models.folder / "out"
+    recipe = disk.recipe_of("task_arithmetic", models)
+    processes = {f"floor, {each} written": _noted("floor", disk.floor(recipe, out, run, each)[2:]) for each in (1, 8)}
+    for method in ("task_arithmetic", "ties"):
+        processes[method] = _merging(method, models, out)
+        processes[f"{method}, 8 of lambda"] = [*processes[method], "--vary", f"lambda={_LAMBDAS}"]
+    yield from _in_turn(processes, out, rounds)
+
+
+def _held(parameters: float) -> float:
+    """Of models that with a base and 8 outputs take half of the memory at most: as many, or a quarter, or of that."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    while 2 * parameters * (MODELS + 1 + 8) > memory / 2:
+        parameters /= 4
+    return parameters
+
+
+def _merging(method: str, models: disk.Models, out: Path) -> list[str]:
+    path = models.folder / "recipes" / method / "recipe.yml"
+    path.parent.mkdir(parents=True)
+    path.write_text(disk.recipe_of(method, models).text)
+    return _noted("merge", ["merge", str(path), str(out), "--quiet", "--backend", "cpu"])
+
+
+def _in_turn(processes: Mapping[str, Sequence[str]], out: Path, rounds: int) -> Iterator[Sequence[Any]]:
+    found = [{name: _usage(command, out) for name, command in processes.items()} for _ in range(rounds)]
     for name in processes:
-        seconds, user, system, sync, faults, written = (
-            median(each) for each in zip(*(found[name] for found in rounds), strict=True)
-        )
-        idle = _THREADS * seconds - user - system
-        times = (f"{each:.2f}" for each in (seconds, user, system, idle, sync))
-        yield name, *times, f"{faults:,.0f}", f"{written:,.0f}"
+        *times, faults, written = (median(each) for each in zip(*(each[name] for each in found), strict=True))
+        yield name, *(f"{each:.2f}" for each in times), f"{faults:,.0f}", f"{written:,.0f}"
 
 
 def _noted(kind: str, arguments: Sequence[str]) -> list[str]:
@@ -174,19 +206,37 @@ def _noted(kind: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _usage(command: Sequence[str], out: Path) -> tuple[float, ...]:
-    """Seconds, user and system time, seconds of sync, page faults, megabytes written."""
+    """Seconds, user and system time, that of others, idle time, seconds of sync, page faults, megabytes written."""
     disk.settle(out)
     notes = out.with_name("notes")
     notes.unlink(missing_ok=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, was_idle, was_busy = resource.getrusage(resource.RUSAGE_CHILDREN), *_processors()
     start = perf_counter()
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, noting.PLACE: str(notes)})
     seconds = perf_counter() - start
+    idle, busy = _processors()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     sync = float(notes.read_text()) if notes.exists() else 0.0
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
     spent = (after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime)
-    return seconds, *spent, sync, after.ru_minflt - before.ru_minflt, written
+    others = max(0.0, busy - was_busy - sum(spent))  # the system counts in hundredths
+    return seconds, *spent, others, idle - was_idle, sync, after.ru_minflt - before.ru_minflt, written
+
+
+def _processors() -> tuple[float, float]:
+    idle, busy = idle_and_busy(Path("/proc/stat").read_text(), os.sched_getaffinity(0))
+    return idle / os.sysconf("SC_CLK_TCK"), busy / os.sysconf("SC_CLK_TCK")
+
+
+def idle_and_busy(stat: str, processors: Container[int]) -> tuple[int, int]:
+    """Ticks in which processors had nothing to run, also while something waited for a disk, and in which they had."""
+    idle = busy = 0
+    for name, *ticks in map(str.split, stat.splitlines()):
+        if name.startswith("cpu") and name != "cpu" and int(name[3:]) in processors:
+            user, nice, system, resting, waiting, *others = map(int, ticks[:8])  # guests are in `user` already
+            idle += resting + waiting
+            busy += user + nice + system + sum(others)
+    return idle, busy
 
 
 # --- tiny tensors ---

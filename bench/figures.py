@@ -143,7 +143,7 @@ def overheads(rows: Sequence[Any], names: Sequence[str], most: float) -> Figure:
     return figure
 
 
-def curves(rows: Sequence[Any], x: str, values: dict[str, Callable[[Any], float | None]]) -> Figure:
+def curves(rows: Sequence[Any], x: str, values: dict[str, Callable[[Any], Any]]) -> Figure:
     """A panel per value, a line per method and variant of it; `x` and the keys of `values` label the axes."""
     figure = Figure((_WIDTH, 3), layout="constrained")
     lines: dict[str, list[Any]] = {}
@@ -152,7 +152,7 @@ def curves(rows: Sequence[Any], x: str, values: dict[str, Callable[[Any], float 
     for axes, (label, value) in zip(figure.subplots(1, len(values)), values.items(), strict=True):
         places = set()
         for method, own in lines.items():
-            points = sorted((row.at, value(row)) for row in own if value(row) is not None)
+            points = sorted((row.at, value(row).median) for row in own if value(row) is not None)
             if points:
                 axes.plot(*zip(*points, strict=True), **_drawn(method))
                 places |= {at for at, _ in points}

@@ -3,29 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-from marks import Mark
+from typing import Any, NamedTuple
 
 TINY_MICROSECONDS = 2  # what a tiny tensor may cost
+SIZES = ("mlp", "embedding", "attention", "8M", "4M", "4M-shifted", "1M")  # the cases of 1 to 60 M elements
 _EVERY = ("linear", "task_arithmetic", "slerp", "passthrough", "dare_linear", "dare_ties", "ties")
 _DARE = ("dare_linear", "dare_ties")
 
 
+class Figure(NamedTuple):
+    """A number, and the quartiles around it where it is the median of several."""
+
+    median: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.median:.3g}"
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+class Mark(NamedTuple):
+    """One line of the table; `of` gives a row's figure, or None where the mark isn't about it."""
+
+    name: str
+    goal: float
+    at_most: bool
+    of: Callable[[Any], Figure | None]
+    count: int = 0  # of the figures that it is about, where that is known
+
+
 def standing(rows: Sequence[Any]) -> Iterator[list[str]]:
-    """Per mark: its goal, the worst figure and where that was, of how many, and whether the mark is met."""
+    """Per mark: its goal, the worst figure and where that was, of how many, and whether the mark is met.
+
+    With the revision that the worst was measured at, where that is not the newest row's.
+    """
+    newest = max(rows, key=lambda row: row.run).revision
     rows = [*rows, *_beside_task_arithmetic(rows), *_beside_what_is_allowed(rows)]
     for command, marks in MARKS.items():
         for mark in marks:
             goal = f"{'at most' if mark.at_most else 'at least'} {mark.goal:g}"
             figures = [(figure, row) for row in rows if (figure := mark.of(row)) is not None]
+            lacking = len(figures) < mark.count
+            count = f"{len(figures)} of {mark.count}" if lacking else f"{len(figures)}"
             if not figures:
-                yield [mark.name, goal, "", "", "0", f"not measured: `{command}`"]
+                yield [mark.name, goal, "", "", count, f"not measured: `{command}`"]
                 continue
-            figure, row = (max if mark.at_most else min)(figures, key=lambda each: each[0])
-            met = figure <= mark.goal if mark.at_most else figure >= mark.goal
-            where = ", ".join(filter(None, (row.method, row.case, row.peer if row.op == "peer" else "")))
-            yield [mark.name, goal, f"{figure:.3g}", where, f"{len(figures)}", "met" if met else "**missed**"]
+            figure, row = (max if mark.at_most else min)(figures, key=lambda each: each[0].median)
+            met = figure.median <= mark.goal if mark.at_most else figure.median >= mark.goal
+            peer, older = row.peer if row.op == "peer" else "", row.revision != newest and f"at {row.revision}"
+            where = ", ".join(filter(None, (row.method, row.case, peer, older)))
+            standing = ("met so far" if lacking else "met") if met else "**missed**"
+            yield [mark.name, goal, str(figure), where, count, standing]
 
 
 def parameters(row: Any) -> float:
@@ -37,23 +67,24 @@ def parameters(row: Any) -> float:
 def _of(
     op: str,
     methods: Sequence[str],
-    figure: Callable[[Any], float | None],
+    figure: Callable[[Any], Figure | None],
     where: Callable[[Any], bool] = lambda row: True,
-) -> Callable[[Any], float | None]:
+) -> Callable[[Any], Figure | None]:
     return lambda row: figure(row) if row.op == op and row.method in methods and where(row) else None
 
 
-def _percent(row: Any) -> float | None:
-    return 100 * row.share.median if row.share else None
+def percent(row: Any) -> Figure | None:
+    """Of the ceiling."""
+    return Figure(*(100 * each for each in row.share)) if row.share else None
 
 
-def _floors(row: Any) -> float | None:
+def _floors(row: Any) -> Figure | None:
     """How many times the floor's seconds a merge takes."""
-    return 1 / row.share.median if row.share else None
+    return Figure(1 / row.share.median, 1 / row.share.high, 1 / row.share.low) if row.share else None
 
 
-def _times(row: Any) -> float | None:
-    return row.times.median if row.times else None
+def _times(row: Any) -> Figure | None:
+    return row.times
 
 
 def _against(peer: str) -> Callable[[Any], bool]:
@@ -61,8 +92,7 @@ def _against(peer: str) -> Callable[[Any], bool]:
 
 
 def _large(row: Any) -> bool:
-    """Tensors of 1 to 60 M elements."""
-    return row.case != "norm"
+    return row.case in SIZES
 
 
 def _billion(row: Any) -> bool:
@@ -74,7 +104,7 @@ def _beside_task_arithmetic(rows: Sequence[Any]) -> Iterator[Any]:
     swept = {(row.run, row.case, row.method): row for row in rows if row.op == "merge" and row.share}
     for (run, case, method), row in swept.items():
         if method in _DARE and (plain := swept.get((run, case, "task_arithmetic"))):
-            yield row._replace(op="dare", times=row.share._replace(median=plain.share.median / row.share.median))
+            yield row._replace(op="dare", times=_over(plain.share, row.share))
 
 
 def _beside_what_is_allowed(rows: Sequence[Any]) -> Iterator[Any]:
@@ -82,7 +112,12 @@ def _beside_what_is_allowed(rows: Sequence[Any]) -> Iterator[Any]:
     many = {(row.run, row.method, row.at): row for row in rows if row.op == "scale" and row.case == "settings"}
     for (run, method, at), row in many.items():
         if allowed := many.get((run, f"{method}, at most", at)):
-            yield row._replace(op="outputs", times=row.times._replace(median=row.times.median / allowed.times.median))
+            yield row._replace(op="outputs", times=_over(row.times, allowed.times))
+
+
+def _over(one: Figure, other: Figure) -> Figure:
+    """Of two that were not paired: the quartiles as far apart as they can be."""
+    return Figure(one.median / other.median, one.low / other.high, one.high / other.low)
 
 
 MARKS = {
@@ -91,11 +126,18 @@ MARKS = {
             "linear, task_arithmetic, slerp, passthrough: sweep, % of the ceiling",
             90,
             False,
-            _of("merge", _EVERY[:4], _percent, _large),
+            _of("merge", _EVERY[:4], percent, _large),
+            4 * len(SIZES),
         ),
-        Mark("gram of 2 and 4 tensors: % of the ceiling", 90, False, _of("gram", ("2", "4"), _percent, _large)),
-        Mark("ties, whole: times its sweep", 1.5, True, _of("whole", ("ties",), _times, _large)),
-        Mark("dare: times the sweep of task_arithmetic", 2.5, True, _of("dare", _DARE, _times, _large)),
+        Mark(
+            "gram of 2 and 4 tensors: % of the ceiling",
+            90,
+            False,
+            _of("gram", ("2", "4"), percent, _large),
+            2 * len(SIZES),
+        ),
+        Mark("ties, whole: times its sweep", 1.5, True, _of("whole", ("ties",), _times, _large), len(SIZES)),
+        Mark("dare: times the sweep of task_arithmetic", 2.5, True, _of("dare", _DARE, _times, _large), 2 * len(SIZES)),
     ),
     "make bench OP=disk PARAMS=1.1e9": (
         Mark(
@@ -103,24 +145,32 @@ MARKS = {
             1.1,
             True,
             _of("disk", (*_EVERY[:3], *_DARE), _floors, _billion),
+            5,
         ),
-        Mark("1 B parameters, ties: times the floor", 1.3, True, _of("disk", ("ties",), _floors, _billion)),
-        Mark("1 B parameters: times as fast as `cat` and `cp`", 1, False, _of("disk", _EVERY, _times, _billion)),
+        Mark("1 B parameters, ties: times the floor", 1.3, True, _of("disk", ("ties",), _floors, _billion), 1),
+        Mark("1 B parameters: times as fast as `cat` and `cp`", 1, False, _of("disk", _EVERY, _times, _billion), 7),
         Mark(
             "anonymous memory of any merge beside 8 MB a thread, MB",
             200,
             True,
-            lambda row: None if row.anonymous_mb is None else row.anonymous_mb - 8 * row.threads,
+            lambda row: None if row.anonymous_mb is None else Figure(row.anonymous_mb - 8 * row.threads),
         ),
         Mark(
             "a merge of the size of a LoRA (50 MB), seconds",
             0.5,
             True,
-            lambda row: row.seconds if row.op == "disk" and row.case == "lora" else None,
+            lambda row: Figure(row.seconds) if row.op == "disk" and row.case == "lora" else None,
+            2,
         ),
     ),
     "make bench OP=mergekit PARAMS=1.1e9": tuple(
-        Mark(f"disk to disk, {name}: times as fast as mergekit", goal, False, _of("mergekit", methods, _times))
+        Mark(
+            f"disk to disk, {name}: times as fast as mergekit",
+            goal,
+            False,
+            _of("mergekit", methods, _times),
+            len(methods),
+        )
         for name, methods, goal in (
             ("linear and slerp", ("linear", "slerp"), 8),
             ("dare", _DARE, 25),
@@ -134,6 +184,7 @@ MARKS = {
                 goal,
                 False,
                 _of("peer", methods, _times, _against("mergekit")),
+                len(methods) * len(SIZES),
             )
             for name, methods, goal in (
                 ("linear and slerp", ("linear", "slerp"), 20),
@@ -141,24 +192,38 @@ MARKS = {
                 ("ties", ("ties",), 200),
             )
         ),
-        Mark("ties: times as fast as eager torch", 10, False, _of("peer", ("ties",), _times, _against("eager torch"))),
-        Mark(
-            "ties: times as fast as torch.compile", 3, False, _of("peer", ("ties",), _times, _against("torch.compile"))
+        *(
+            Mark(
+                f"ties: times as fast as {peer}",
+                goal,
+                False,
+                _of("peer", ("ties",), _times, _against(peer)),
+                len(SIZES),
+            )
+            for peer, goal in (("eager torch", 10), ("torch.compile", 3))
         ),
-        Mark("every method: times as fast as any of the three", 1, False, _of("peer", _EVERY, _times)),
+        Mark(
+            "every method: times as fast as any of the three",
+            1,
+            False,
+            _of("peer", _EVERY, _times),
+            20 * (len(SIZES) + 1),  # mergekit has no work with passthrough
+        ),
     ),
     "make bench OP=scale": (
         Mark(
             "8 outputs of one read: of twice the reading of one and the writing of all",
             1,
             True,
-            lambda row: row.times.median if row.op == "outputs" and row.at == 8 else None,
+            lambda row: row.times if row.op == "outputs" and row.at == 8 else None,
+            2,
         ),
         Mark(
             "a tiny tensor's own cost, microseconds",
             TINY_MICROSECONDS,
             True,
-            lambda row: 1e6 * row.seconds if row.op == "scale" and row.case == "tensors" else None,
+            lambda row: Figure(1e6 * row.seconds) if row.op == "scale" and row.case == "tensors" else None,
+            10,
         ),
     ),
 }

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import figures
 import host_marks
+from host_marks import Figure
 
 _HERE = Path(__file__).parent
 _NUMBERS = (
@@ -34,12 +35,6 @@ _KEY = ("op", "case", "method", "dtype", "provider", "threads", "isa", "cpu", "p
 _OPS = ("merge", "whole", "gram", "norms", "threshold")
 
 
-class Ratio(NamedTuple):
-    median: float
-    low: float
-    high: float
-
-
 class Row(NamedTuple("Row", [(name, Any) for name in (*_TEXTS, *_NUMBERS, "share", "times")])):
     """A row of the CSV, as conftest.py wrote it."""
 
@@ -47,10 +42,11 @@ class Row(NamedTuple("Row", [(name, Any) for name in (*_TEXTS, *_NUMBERS, "share
     def of(cls, line: dict[str, str]) -> Row:
         numbers = {name: float(line[name]) if line[name] else None for name in _NUMBERS}
         ratios = {
-            name: Ratio(*(float(line[f"{name}_{part}"]) for part in Ratio._fields)) if line[f"{name}_median"] else None
+            name: Figure(*(float(line[f"{name}_{part}"]) for part in Figure._fields))
             for name in ("share", "times")
+            if line[f"{name}_median"]
         }
-        return cls(**{name: line[name] for name in _TEXTS}, **numbers, **ratios)
+        return cls(**{name: line[name] for name in _TEXTS}, **numbers, **{"share": None, "times": None, **ratios})
 
 
 class Section(NamedTuple):
@@ -73,7 +69,10 @@ def main(path: Path, folder: Path) -> None:
         "What a figure means is in [bench/README.md](../README.md).",
         "## Against the marks",
         _table([("", "goal", "worst", "where", "figures", ""), *host_marks.standing(rows)]),
-        "What stands in the way of those that are missed: [counters.md](../counters.md), and what they mean in"
+        "The worst figure of each, its quartiles where it is the median of several, and the revision that it was "
+        f"measured at where that is not the newest here, {max(rows, key=lambda row: row.run).revision}; *so far*: some "
+        "of what the mark is about is not measured. What stands in the way of those that are missed: "
+        "[counters.md](../counters.md), and what they mean in"
         " [bench/README.md](../README.md#what-stands-in-the-way).",
     ]
     for section in _sections(rows):
@@ -114,16 +113,12 @@ def _place(row: Row) -> tuple[Any, ...]:
     return op, row.op, row.case, figures.order(row.method), row.method, row.peer, row.at or 0
 
 
-def _gbps(row: Row) -> float | None:
-    return row.gbps
+def _gbps(row: Row) -> Figure:
+    return Figure(row.gbps)
 
 
-def _percent(row: Row) -> float | None:
-    return 100 * row.share.median if row.share else None
-
-
-def _times(disk: bool) -> Callable[[Row], float | None]:
-    return lambda row: row.times.median if row.times and ("disk to disk" in row.method) == disk else None
+def _times(disk: bool) -> Callable[[Row], Figure | None]:
+    return lambda row: row.times if row.times and ("disk to disk" in row.method) == disk else None
 
 
 #: By case: title, what was measured, what `at` is, and the values.
@@ -132,19 +127,19 @@ _CURVES = {
         "Models of any size",
         "Three models and a base from disk to disk; the ceiling is that of disk to disk.",
         "bytes read and written, log scale",
-        {"GB/s": _gbps, "% of the ceiling": _percent},
+        {"GB/s": _gbps, "% of the ceiling": host_marks.percent},
     ),
     "threads": (
         "Threads",
         "Whole methods on the case `mlp` in memory, the ceiling with as many threads.",
         "threads",
-        {"GB/s": _gbps, "% of the ceiling": _percent},
+        {"GB/s": _gbps, "% of the ceiling": host_marks.percent},
     ),
     "models": (
         "Models at once",
         "Whole methods, and gram, on tensors of 4.2 M elements in memory.",
         "models",
-        {"GB/s": _gbps, "% of the ceiling": _percent},
+        {"GB/s": _gbps, "% of the ceiling": host_marks.percent},
     ),
     "settings": (
         "Many outputs of one read",
@@ -247,7 +242,7 @@ def _beside_mergekit(rows: Sequence[Row]) -> list[Sequence[str]]:
                 row.case,
                 f"{row.seconds:.2f}",
                 f"{row.peer_seconds:.1f}",
-                _ratio(row.times),
+                str(row.times),
                 f"{row.anonymous_mb:,.0f}",
                 f"{row.peer_anonymous_mb:,.0f}",
             )
@@ -286,21 +281,21 @@ def _beside_peers(rows: Sequence[Row]) -> list[Sequence[str]]:
                 row.peer,
                 f"{row.seconds:.4g}",
                 f"{row.peer_seconds:.4g}",
-                _ratio(row.times),
+                str(row.times),
             )
             for row in rows
         ),
     ]
 
 
-def _curve(values: dict[str, Callable[[Row], float | None]], rows: Sequence[Row]) -> list[Sequence[str]]:
-    """A line per method and value, a column per place on the curve."""
+def _curve(values: dict[str, Callable[[Row], Figure | None]], rows: Sequence[Row]) -> list[Sequence[str]]:
+    """A line per method and value, a column per place on the curve; in brackets quartiles."""
     places = sorted({row.at for row in rows})
     lines: dict[tuple[str, str], dict[float, str]] = {}
     for row in rows:
         for label, value in values.items():
             if (number := value(row)) is not None:
-                lines.setdefault((row.method, label), {})[row.at] = f"{number:.3g}"
+                lines.setdefault((row.method, label), {})[row.at] = str(number)
     return [
         ("", "", *(f"{at / 1e6:,.0f} MB" if at >= 1e6 else f"{at:g}" for at in places)),
         *((*line, *(numbers.get(at, "") for at in places)) for line, numbers in lines.items()),
@@ -341,10 +336,6 @@ def _points(rows: Sequence[Row]) -> list[figures.Point]:
                 point = figures.Point(where, row.method, tool, seconds, error)
                 points.setdefault(point[:3], point)
     return list(points.values())
-
-
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.median:.3g} ({ratio.low:.3g} to {ratio.high:.3g})"
 
 
 def _ulp(error: float | None) -> str:

@@ -78,6 +78,48 @@ def test_a_file_stands_beside_what_is_built_in(providers: Any) -> None:
     assert providers.contestants("cpu,mine.py") == [("cpu", "cpu"), ("mine.py", "mine.py"), ("mine.py", "torch")]
 
 
+def test_the_marks_are_about_every_case_of_their_sizes(providers: Any) -> None:
+    cases, marks = (importlib.import_module(name) for name in ("cases", "host_marks"))
+    assert {name for name, case in cases.CASES.items() if 1e6 <= case.elements <= 60e6} == {*marks.SIZES}
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["at a page", "shifted"])
+def test_sets_exceed_the_cache_and_begin_alike(providers: Any, shifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shifted inputs begin at different words of pages and of cache lines; outputs, and all other inputs, at a page."""
+    cases = importlib.import_module("cases")
+    monkeypatch.setattr(cases, "_last_cache_bytes", lambda: 10_000)
+    buffers = cases.Buffers(cases.Case(1, (1000,), shifted=shifted), "BF16")
+    assert len(buffers) * 2 * 2000 >= 4 * 10_000
+    for number in range(len(buffers)):
+        (inputs,), ((target,),) = buffers.inputs(3, True, number), buffers.targets(number)
+        places = [view.address % 4096 for view in inputs.views]
+        assert target.offset % 4096 == 0
+        assert not any(place % 8 for place in places)
+        if shifted:
+            assert len({place % 64 for place in places} - {0}) == len(places) == 4
+        else:
+            assert places == [0] * 4
+
+
+def test_time_of_processors_is_theirs_alone(providers: Any) -> None:
+    counters = importlib.import_module("counters")
+    stat = """cpu  1000 0 0 1000 0 0 0 0 0 0
+cpu0 100 2 30 400 50 6 7 8 9 0
+cpu1 1 0 1 10 5 0 0 0 0 0
+cpu2 900 900 900 900 900 0 0 0 0 0
+intr 5 0
+"""
+    assert counters.idle_and_busy(stat, {0, 1}) == (465, 155)
+
+
+def test_as_many_parameters_as_memory_has_room_for(providers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three models, a base and 8 outputs, two bytes each, in half of it."""
+    counters = importlib.import_module("counters")
+    monkeypatch.setattr(counters.os, "sysconf", {"SC_PHYS_PAGES": 6000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert counters._held(512_000) == 512_000
+    assert counters._held(512_001) == 512_001 / 4
+
+
 def _loaded(providers: Any, source: str, folder: Path) -> Any:
     path = folder / "mine.py"
     path.write_text(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -34,7 +35,7 @@ def page(bench: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def history(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Figures of two runs: in the first, linear was slower in memory."""
+    """Figures of two runs, at two revisions: in the first, linear was slower in memory."""
     path = tmp_path_factory.mktemp("history") / "history.csv"
     row, ratio = bench.Row, bench.Ratio
     peer, fast = "mergekit 0.1.5", "as fast"
@@ -66,13 +67,18 @@ def history(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
         *(row("scale", "models", "gram", "BF16", at, 37.5, 40, share(0.91), at=at) for at in (2, 8)),
         *(
             row("scale", "settings", f"ties{variant}", "BF16", times, 17, times=share(times), at=at)
-            for variant, at, times in (("", 1, 1), ("", 8, 3.4), (", one by one", 8, 8.1), (", disk to disk", 8, 4.4))
+            for variant, at, times in (
+                *(("", 1, 1), ("", 8, 3.4), (", one by one", 8, 8.1)),
+                *((", disk to disk", 8, 4.4), (", disk to disk, at most", 8, 4)),
+            )
         ),
         row("scale", "tensors", "merge of 256 elements, overhead per tensor", "BF16", 1.38e-6, 1, times=share(1), at=9),
     ]
-    for run, rows in (("2026-01-02T00:00:00+00:00", second), ("2026-01-01T00:00:00+00:00", first)):
-        for each in rows:
-            bench.append(path, each, 2, run)
+    with pytest.MonkeyPatch.context() as patch:
+        for run, rows, revision in (("2026-01-02T00", second, "new"), ("2026-01-01T00", first, "older")):
+            patch.setattr(bench, "_revision", lambda revision=revision: revision)
+            for each in rows:
+                bench.append(path, each, 2, run)
     return path
 
 
@@ -121,7 +127,8 @@ def test_nothing_else_is_written(written: Path) -> None:
         "| linear | eager torch | 0.01 | 0.026 | 2.6 (2.5 to 2.7) |",
         "|  |  | 40 MB | 2,000 MB |",
         "| ties | GB/s | 17 | 34 |",
-        "| ties, one by one | in memory: times one output |  | 8.1 |",
+        "| ties, one by one | in memory: times one output |  | 8.1 (8.09 to 8.11) |",
+        "| gram | % of the ceiling | 91 (90 to 92) | 91 (90 to 92) |",
         "| disk to disk | ties | mergekit 0.1.5 | 196.8 | 439 |",
     ],
 )
@@ -132,16 +139,39 @@ def test_a_table_has_the_numbers(written: Path, line: str) -> None:
 @pytest.mark.parametrize(
     ("mark", "standing"),
     [
-        ("linear, task_arithmetic, slerp, passthrough: sweep", ["82", "task_arithmetic, mlp", "2", "**missed**"]),
-        ("gram of 2 and 4 tensors", ["99", "2, mlp", "1", "met"]),
-        ("1 B parameters: times as fast as `cat` and `cp`", ["1.7", "linear, 1093 M", "1", "met"]),
-        ("disk to disk, ties: times as fast as mergekit", ["98.4", "ties, 1093 M", "1", "met"]),
-        ("dare: times the sweep", ["", "", "0", "not measured: `make bench OP=merge,whole,gram`"]),
+        (
+            "linear, task_arithmetic, slerp, passthrough: sweep",
+            ["82 (81 to 83)", "task_arithmetic, mlp, at older", "2 of 28", "**missed**"],
+        ),
+        ("gram of 2 and 4 tensors", ["99 (98 to 100)", "2, mlp", "1 of 14", "met so far"]),
+        (
+            "1 B parameters: times as fast as `cat` and `cp`",
+            ["1.7 (1.69 to 1.71)", "linear, 1093 M", "1 of 7", "met so far"],
+        ),
+        ("1 B parameters, linear", ["1.05 (1.04 to 1.06)", "linear, 1093 M", "1 of 5", "met so far"]),
+        ("disk to disk, ties: times as fast as mergekit", ["98.4 (97 to 99)", "ties, 1093 M", "1", "met"]),
+        ("8 outputs of one read", ["1.1 (1.09 to 1.11)", "ties, disk to disk, settings", "1 of 2", "**missed**"]),
+        (
+            "a tiny tensor's own cost",
+            ["1.38", "merge of 256 elements, overhead per tensor, tensors", "1 of 10", "met so far"],
+        ),
+        ("dare: times the sweep", ["", "", "0 of 14", "not measured: `make bench OP=merge,whole,gram`"]),
     ],
 )
 def test_a_mark_is_met_missed_or_not_measured(written: Path, mark: str, standing: list[str]) -> None:
     (line,) = (line for line in (written / "README.md").read_text().splitlines() if line.startswith(f"| {mark}"))
     assert [cell.strip() for cell in line.split("|")][3:-1] == standing
+
+
+@pytest.mark.parametrize("case", ["mlp", "1M", "4M-shifted"])
+def test_a_single_case_makes_a_mark_red(bench: ModuleType, page: ModuleType, case: str, tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    for method, each in product(("2", "4"), importlib.import_module("host_marks").SIZES):
+        share = bench.Ratio(0.89 if (method, each) == ("4", case) else 0.95, 0.8, 1)
+        bench.append(path, bench.Row("gram", each, method, "BF16", 1.0, 1.0, 2.0, share), 2, "now")
+    page.main(path, tmp_path)
+    (line,) = (each for each in (tmp_path / "README.md").read_text().splitlines() if each.startswith("| gram of 2"))
+    assert line.endswith(f"| 89 (80 to 100) | 4, {case} | 14 | **missed** |")
 
 
 def test_what_is_older_or_of_another_provider_is_left_out(written: Path) -> None:
