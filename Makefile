@@ -19,7 +19,7 @@ demo: .venv/built
 	$(BIN)/fastmerge demo
 
 test: .venv/built .venv/tests .venv-mergekit/built
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/tests .venv/linters
 	$(BIN)/ruff check $(PYTHONS)

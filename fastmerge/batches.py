@@ -90,12 +90,15 @@ class Reader:
     def mapped(self, jobs: Sequence[Job]) -> Batch:
         owners: list[object] = []
         inputs = []
+        addresses = [model.address for model in self.models]
         for job in jobs:
-            places = [self.models[model].address(name) for model, name in job.sources]
-            owners += [owner for _, owner in places]
-            # The last dtype is the output's.
-            views = [View(address, dtype) for (address, _), dtype in zip(places, self.dtypes(job), strict=False)]
-            inputs.append(inputs_of(job, self.elements(job), views))
+            raw = self.raw(job)
+            views = []
+            for (model, name), info in zip(job.sources, job.infos, strict=True):
+                address, owner = addresses[model](name)
+                views.append(View(address, "U8" if raw else info.dtype))
+                owners.append(owner)
+            inputs.append(inputs_of(job, job.nbytes if raw else job.infos[0].elements, views))
         return Batch(list(jobs), inputs, owners)
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from . import marked
 from .checkpoint import CARD
 from .checkpoint.header import open_regular
+from .checkpoint.reader import sha256_in_cache
 from .errors import CheckpointError, RecipeError
 
 
@@ -30,10 +31,10 @@ def card_of(folder: Path) -> Card:
     """The card of the model in a folder; one that says nothing where there is none, or none that can be read."""
     try:
         with open_regular(folder / CARD) as file:
-            text = file.read(_LONGEST).decode("utf-8-sig", "replace")
-    except (CheckpointError, OSError):
+            head = file.exactly(min(_LONGEST, os.fstat(file.fileno()).st_size))
+    except CheckpointError:
         return Card()
-    return read(text)
+    return read(head.decode("utf-8-sig", "replace"))
 
 
 def read(text: str) -> Card:
@@ -188,8 +189,7 @@ def _listed(model: Input) -> str:
     known = [f"commit `{place.commit}`" + ("" if alone else f" of `{place.id}`") for place in commits]
     lines = [", ".join([f"- {code(model.name)}{' (base)' if model.is_base else ''}", *known])]
     for file in model.files:
-        blob = os.path.basename(os.path.realpath(file))
-        digest = f", sha256 `{blob}`" if re.fullmatch(r"[0-9a-f]{64}", blob) else ""
+        digest = f", sha256 `{sha256}`" if (sha256 := sha256_in_cache(file)) else ""
         lines.append(f"  - {code(file.name)}, {os.path.getsize(file):,} bytes{digest}")
     return "\n".join(lines)
 

@@ -404,7 +404,8 @@ def extract(base: str, finetuned: str, out: Path, **options: Any) -> None:
 @_threads
 @_json(help="Print what was found as JSON.")
 def verify(out: Path, as_json: bool, **options: Any) -> None:
-    """Hold the merged model in OUT against the fastmerge.json beside it: every tensor's bytes against their hash.
+    """Hold the merged model in OUT against the fastmerge.json beside it: the hash of every tensor's bytes, and of every
+    other file but README.md, which is there to be edited.
 
     With --recompute some are merged again from the recipe in it and its inputs, and compared to the bit; relative paths
     are looked for from here, then from the folder that OUT is in. Exits with 1 where something is wrong.
@@ -575,7 +576,8 @@ def _mistakes(quiet: bool = False, further: str = "") -> Iterator[None]:
             showing.fault("error", error, err=True)
             sys.exit(2)
         except KeyboardInterrupt as ended:
-            click.echo(f"stopped; nothing that looks complete was written{further}", err=True)
+            whole = f"{', '.join(map(showing.printable, ended.args))}: complete; else " if ended.args else ""
+            click.echo(f"stopped; {whole}nothing that looks complete was written{further}", err=True)
             sys.exit(128 + (signal.SIGTERM if isinstance(ended, _TerminatedError) else signal.SIGINT))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import shlex
@@ -14,17 +15,19 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from . import backends, cards, provenance
 from .batches import BATCH_BYTES, Reader, in_batches
 from .checkpoint import DTYPE_BITS, STAGES, Checkpoint, Writer, hashing, open_checkpoint, same_bytes, sidecars
+from .checkpoint.folder import left_in
 from .choice import Choice
-from .errors import BackendError, CheckpointError, FastmergeWarning, NonFiniteError, OutputError
+from .errors import BackendError, CheckpointError, FastmergeError, FastmergeWarning, NonFiniteError, OutputError
 from .health import Checkup, Health
 from .identity import identity, packages
 from .measures import Cuts, model_cuts
 from .pieces import Room
-from .planner import SHARD_SIZE, Job, Plan, Planned, Stage, opened
+from .planner import SHARD_SIZE, Job, Plan, Planned, Stage, opened, uncollected
 from .planner import plan as make_plan
 from .recipe import Recipe
 from .sources.lora import Adapted
@@ -113,7 +116,8 @@ def merge(
 
     Raises:
         FastmergeError: the user's mistake, as the subclass says; nothing that looks complete is left in `out`.
-        KeyboardInterrupt: at once on Ctrl-C, likewise; the same call goes on from there.
+        KeyboardInterrupt: at once on Ctrl-C, likewise, but for the folders in its `args`, outputs that are complete;
+            the same call goes on from there.
     """
     if nonfinite not in ("error", "propagate"):
         raise ValueError(f'nonfinite is "error" or "propagate", not {nonfinite!r}')
@@ -132,9 +136,10 @@ def merge(
     *before, result = plan.stages
     follows = identity(plan, seed=seed, nonfinite=nonfinite, backend=backend)
     folders = {variant.name: Path(out, variant.name) for variant in plan.variants}
-    with _disk(Path(out)), _folder(Path(out)), ExitStack() as entered:
-        writers = {
-            variant.name: entered.enter_context(
+    writers: dict[str, Writer] = {}
+    with _stops(writers), _disk(Path(out)), _folder(Path(out)), ExitStack() as entered:
+        for variant in plan.variants:
+            writers[variant.name] = entered.enter_context(
                 Writer(
                     folders[variant.name],
                     result.layout,
@@ -144,19 +149,14 @@ def merge(
                     restart=restart,
                 )
             )
-            for variant in plan.variants
-        }
+        entered.enter_context(_stops(writers))  # also here, so that writers whose outputs are all complete clear up
         written: dict[str | None, Checkpoint] = {}
         odd: list[str] = []
         for number, stage in enumerate(before):
             place = next(iter(folders.values())) / STAGES / str(number)  # its name is the user's, and may be any text
-            if not (done := place / _DONE).exists():
-                with Writer(
-                    place, stage.layout, inputs=(), overwrite=True, plan={"recipe": recipe.text, **follows}
-                ) as between:
-                    odd += _run(stage, written, {"": between}, work).warnings
-                    between.commit(_sidecars(stage, recipe.text, "", place, write_model_card=False))
-                done.touch()
+            if not (said := _taken_up(place)):
+                said = _between(stage, written, place, {"recipe": recipe.text, **follows}, work)
+            odd += said["warnings"]
             written[stage.name] = open_checkpoint(place)
         health = _run(result, written, writers, work)
         watch.finish()
@@ -167,6 +167,8 @@ def merge(
             writer.settle()
             again = recipe.again or f"merge mergekit_config.yml {shlex.quote(folder.name)}"
             command = f"fastmerge {again}{_options(seed, shard_size, nonfinite, copy_tokenizer)}"
+            copied = {"copy_tokenizer": copy_tokenizer, "write_model_card": write_model_card}
+            beside = _sidecars(result, variant.text, command, folder, **copied)
             record = provenance.written(
                 result,
                 variant.text,
@@ -178,10 +180,10 @@ def merge(
                 seed=seed,
                 options={"nonfinite": nonfinite, "shard_size": shard_size, **packages(plan)},
                 health=health.to_json(variant.name),
+                beside=beside,
                 variant=number,
             )
-            beside = {"copy_tokenizer": copy_tokenizer, "write_model_card": write_model_card}
-            writer.commit({**_sidecars(result, variant.text, command, folder, **beside), provenance.FILE: record})
+            writer.commit({**beside, provenance.FILE: record})
     for sentence in (*odd, *health.warnings):
         warnings.warn(sentence, FastmergeWarning, stacklevel=2)
     spared_read, spared_written = work.spared_bytes
@@ -218,6 +220,30 @@ def _options(seed: int | None, shard_size: int, nonfinite: str, copy_tokenizer: 
     return "".join(option for option, wanted in said.items() if wanted)
 
 
+def _between(
+    stage: Stage, written: Mapping[str | None, Checkpoint], place: Path, plan: Mapping[str, Any], work: _Work
+) -> dict[str, Any]:
+    """Makes the model of an earlier document; what there is to know of it is said beside it, too, once it is whole."""
+    with Writer(place, stage.layout, inputs=(), overwrite=True, plan=plan) as writer:
+        health = _run(stage, written, {"": writer}, work)
+        writer.commit(_sidecars(stage, plan["recipe"], "", place, write_model_card=False))
+        said = {"hashes": writer.hashes, "warnings": list(health.warnings)}
+    (place / _DONE).write_text(json.dumps(said))
+    return said
+
+
+def _taken_up(place: Path) -> dict[str, Any] | None:
+    """What an earlier run has said of a model that it made, where that is as it was."""
+    try:
+        said: dict[str, Any] = json.loads(left_in(place / _DONE))
+        held = open_checkpoint(place)
+        places = {name: (held.file_of(name), info.begin, info.end) for name, info in held.tensors.items()}
+        whole = said["hashes"] == {name: hashing.hash_in_file(*each).hex() for name, each in places.items()}
+        return said if whole and type(said["warnings"]) is list else None
+    except (OSError, FastmergeError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
 @contextmanager
 def _folder(out: Path) -> Iterator[None]:
     """Made for the outputs in it, the folder goes again where there are none."""
@@ -241,6 +267,18 @@ def _disk(out: Path) -> Iterator[None]:
         raise OutputError(
             f"{out} cannot be written ({error.strerror}): free some space, or choose another folder"
         ) from None
+
+
+@contextmanager
+def _stops(writers: Mapping[str, Writer]) -> Iterator[None]:
+    """A merge that is stopped when all is done is done; else its KeyboardInterrupt says which outputs are complete."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        complete = [str(writer.out) for writer in writers.values() if writer.committed]
+        if len(complete) < max(1, len(writers)):
+            stop.args = tuple(complete)
+            raise
 
 
 class _Watch:
@@ -375,10 +413,11 @@ def _done(
 
     def by_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Job, Found]]:
         wanted = "auto" if choice.gpu else choice.backend
-        for mine, found in on_cpu(jobs, reader, cuts, targets, wanted, work.worked, work.run, room):
-            for writer in writers:
-                writer.written(job.name for job in mine)
-            yield from zip(mine, found, strict=True)
+        with uncollected():
+            for mine, found in on_cpu(jobs, reader, cuts, targets, wanted, work.worked, work.run, room):
+                for writer in writers:
+                    writer.written(job.name for job in mine)
+                yield from zip(mine, found, strict=True)
 
     done, left_bytes = 0, sum(map(size, todo))
     for jobs in in_batches(stage, todo, size, BATCH_BYTES):

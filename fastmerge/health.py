@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from . import memory
 from .batches import Reader
 from .checkpoint import DTYPE_BITS
-from .checkpoint.header import open_regular
-from .errors import CheckpointError
+from .checkpoint.header import cannot_read, open_regular
 from .layers import stacks
 from .methods import number
 from .planner import Job, Stage
@@ -227,7 +226,7 @@ class Checkup:
                 for begin, into in zip(begins, raw, strict=True):
                     memory.load(file, first + begin * size, into.data)
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}): fetch it again") from None
+                raise cannot_read(path, error) from None
             row[:] = _numbers(raw.reshape(-1), dtype)
         return made
 

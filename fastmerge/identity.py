@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .checkpoint.header import cannot_read
+from .checkpoint.reader import names_in
 from .methods import METHODS, added
 from .planner import Plan, Planned
-from .provenance import ARITHMETIC
+from .provenance import ARITHMETIC, fingerprint
 from .sources.lora import Adapted
 
 _READ_BESIDE = (".json", ".model", ".jinja", ".txt")  # configs and tokenizers
@@ -33,16 +35,16 @@ def packages(plan: Plan) -> dict[str, str]:
     return {f"method {row.name}": row.package for row in (added() if names else ()) if row.name in names}
 
 
-def _stamps(model: Checkpoint | Planned) -> Iterator[tuple[str, list[int]]]:
-    """The size and the time of change of each file that a merge reads of a model."""
+def _stamps(model: Checkpoint | Planned) -> Iterator[tuple[str, list[int | str]]]:
+    """Size, time of change and fingerprint of each file that a merge reads of a model: copies keep times, too."""
     if isinstance(model, Planned):
         return
     halves = [model.folder, *([model.adapter.folder] if isinstance(model, Adapted) else [])]
-    beside = [folder / name for folder in halves for name in sorted(os.listdir(folder)) if name.endswith(_READ_BESIDE)]
+    beside = [folder / name for folder in halves for name in names_in(folder) if name.endswith(_READ_BESIDE)]
     for file in dict.fromkeys((*model.files, *beside)):
         try:
             status = os.stat(file)
-        except FileNotFoundError:
+        except OSError as error:
             model.check_unchanged()  # which says so
-            raise
-        yield str(file), [status.st_size, status.st_mtime_ns]
+            raise cannot_read(file, error) from None
+        yield str(file), [status.st_size, status.st_mtime_ns, fingerprint(file)]

@@ -295,8 +295,8 @@ def _object(data: bytes) -> dict[str, Any]:
 def _read(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
-            return file.read(min(LONGEST_JSON, os.fstat(file.fileno()).st_size))
-    except (CheckpointError, OSError):
+            return file.exactly(min(LONGEST_JSON, os.fstat(file.fileno()).st_size))
+    except CheckpointError:
         return b""
 
 

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
-from .checkpoint import hashing, tokenizer_files
+from .checkpoint import CARD, INDEX, hashing, tokenizer_files
 from .checkpoint.header import looks_like, open_regular, parse_json, read_small
+from .checkpoint.reader import sha256_in_cache
 from .errors import CheckpointError
 from .planner import Job, Planned, Stage
 from .sources.adapter import CONFIG as ADAPTER_CONFIG
@@ -69,7 +70,8 @@ class Tensor(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Record:
     """What fastmerge.json says. `document` is the one of the recipe that was merged, None where that has no name;
-    `seed` went before the recipe's own; `provider` has the ops that each ran."""
+    `seed` went before the recipe's own; `provider` has the ops that each ran; `files` has the hash of each file beside
+    the weights but for README.md, which is there to be edited."""
 
     fastmerge: str
     arithmetic: int
@@ -83,6 +85,7 @@ class Record:
     command: str
     inputs: tuple[Input, ...]
     health: Mapping[str, Any]
+    files: Mapping[str, str]
     tensors: Mapping[str, Tensor]
 
 
@@ -98,6 +101,7 @@ def written(
     seed: int | None = None,
     options: Mapping[str, Any],
     health: Mapping[str, Any],
+    beside: Mapping[str, bytes],
     variant: int = 0,
 ) -> bytes:
     """The file for an output of a recipe's last stage, a line for each input and each tensor; the same for the same
@@ -114,6 +118,7 @@ def written(
         seed: the one given beside the recipe.
         options: others that the bits follow, such as ``nonfinite``; strings, numbers and booleans.
         health: what was seen of the output's figures, as `Health.to_json` has it.
+        beside: by name, the files that are written beside the weights.
         variant: the index of the output among those of the stage.
     """
     from . import __version__
@@ -135,6 +140,10 @@ def written(
     lines = [f"  {_json(key)}: {_json(value)}" for key, value in head.items()]
     lines.append(_block('"inputs": [', [_json(_input_entry(each)) for each in inputs], "]"))
     lines.append(_block('"health": {', (f"{_json(key)}: {_json(value)}" for key, value in health.items()), "}"))
+    index = result.layout.index_file
+    files = {**beside, **({} if index is None else {INDEX: index})}
+    kept = {name: hashing.hash_of([memoryview(files[name])]).hex() for name in sorted(files) if name != CARD}
+    lines.append(_block('"files": {', (f"{_json(name)}: {_json(hash)}" for name, hash in kept.items()), "}"))
     lines.append(_block('"tensors": {', _tensor_lines(result, variant, hashes), "}"))
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="replace")
 
@@ -151,8 +160,10 @@ def inputs_of(result: Stage, *, full: bool = False, threads: int = 1) -> tuple[I
         paths.setdefault(key, {}).update(files)
 
     def file_of(path: Path) -> File:
-        sha256 = _blob(path)
-        return File(os.path.getsize(path), _sha256(path) if full and not sha256 else sha256, fingerprint(path))
+        sha256 = sha256_in_cache(path)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        return File(size, _sha256(path) if full and not sha256 else sha256, fingerprint(path))
 
     with ThreadPoolExecutor(threads) as pool:
         made = {key: {name: pool.submit(file_of, path) for name, path in sorted(paths[key].items())} for key in found}
@@ -167,13 +178,13 @@ def fingerprint(path: Path) -> str:
     hasher = xxhash.xxh3_128()
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        hasher.update(file.read(_HEAD))
+        hasher.update(file.exactly(min(size, _HEAD)))
         rest = size - _HEAD - _PIECE
         for number in range(_PIECES if rest > 0 else 0):
             file.seek(_HEAD + rest * number // (_PIECES - 1))
-            hasher.update(file.read(_PIECE))
+            hasher.update(file.exactly(_PIECE))
         if -_PIECE < rest <= 0:
-            hasher.update(file.read(_PIECE))
+            hasher.update(file.exactly(size - _HEAD))
     return hasher.hexdigest()
 
 
@@ -204,12 +215,6 @@ def _inside(file: Path, folder: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
-def _blob(path: Path) -> str | None:
-    """The SHA-256 by which the hub's cache calls a large file."""
-    name = os.path.basename(os.path.realpath(path))
-    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
-
-
 def _sha256(path: Path) -> str:
     hasher = hashlib.sha256()
     with open_regular(path) as file:
@@ -229,20 +234,20 @@ def _input_entry(input_: Input) -> dict[str, Any]:
 
 
 def _tensor_lines(stage: Stage, variant: int, hashes: Mapping[str, str]) -> Iterator[str]:
-    """A line for each tensor in the order of the files; tensors with the same settings share their text."""
-    files = {name: shard.name for shard in stage.layout.shards for name in shard.offsets}
+    """A line for each tensor in the order of the files; tensors alike in all but name and hash share their text."""
     names = [model.text for model in stage.document.models]
     jobs = {job.name: job for job in stage.jobs}
     texts: dict[tuple[object, ...], str] = {}
-    for name, file in files.items():
-        job = jobs[name]
-        settings = job.variants[variant]
-        models = tuple([source.model for source in job.inputs])
-        key = job.method.name, job.copy, id(settings.shared), id(settings.models), models
-        if key not in texts:
-            texts[key] = _settings(job, variant, [names[model] for model in models])
-        place = f'{{"file": {_json(file)}, "dtype": "{job.dtype}", "shape": {_json(job.shape)}'
-        yield f'{_json(name)}: {place}, {texts[key]}, "hash": "{hashes[name]}"}}'
+    for shard in stage.layout.shards:
+        for name in shard.offsets:
+            job = jobs[name]
+            settings, models = job.variants[variant], tuple([source.model for source in job.inputs])
+            alike = job.method, job.copy, id(settings.shared), id(settings.models), models
+            key = shard.name, job.dtype, job.shape, *alike
+            if key not in texts:
+                place = f'"file": {_json(shard.name)}, "dtype": "{job.dtype}", "shape": {_json(job.shape)}'
+                texts[key] = f"{place}, {_settings(job, variant, [names[model] for model in models])}"
+            yield f'{_json(name)}: {{{texts[key]}, "hash": "{hashes[name]}"}}'
 
 
 def _settings(job: Job, variant: int, names: Sequence[str]) -> str:
@@ -254,8 +259,7 @@ def _settings(job: Job, variant: int, names: Sequence[str]) -> str:
     return f'"method": {_json(method)}, "parameters": {_json(parameters)}, "models": {_json(models)}'
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, allow_nan=False)
+_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def _block(opening: str, lines: Iterable[str], closing: str) -> str:
@@ -298,6 +302,7 @@ def _record(document: Any) -> Record:
         at.take("command", str),
         tuple(_input(_Fields(entry, "an input")) for entry in at.take("inputs", list)),
         at.take("health", dict),
+        {name: _beside(name, at.take("files", dict)) for name in at.take("files", dict)},
         {name: _tensor(_Fields(entry, f"tensor {name!r}")) for name, entry in at.take("tensors", dict).items()},
     )
 
@@ -310,6 +315,12 @@ def _input(at: _Fields) -> Input:
         sha256 = of.take("sha256", str, type(None))
         files[file] = File(of.take("bytes", int), sha256, of.digest("fingerprint"))
     return Input(name, revision, role, files)
+
+
+def _beside(name: str, hashes: dict[str, Any]) -> str:
+    if os.path.basename(name) != name or not name.strip("."):
+        raise ValueError(f"its file {name!r} is not one beside it")
+    return _Fields(hashes, "files").digest(name)
 
 
 def _tensor(at: _Fields) -> Tensor:

@@ -222,18 +222,20 @@ def kernels() -> None:
 
 
 def verification(found: Verification) -> None:
-    """The first tensors that are wrong and how many there are, or that all are right."""
+    """The first that are wrong and how many there are, or that all is right."""
     out = printable(found.out)
     for each in found.wrong[:_SHOWN]:
         place = f"{found.out}/{each.file}, bytes {each.begin:,} to {each.end:,}: " if each.end else ""
         fault("wrong", place + each.reason)
     if found.wrong:
-        click.echo(f"{out}: {len(found.wrong):,} wrong, {found.tensors:,} tensors in fastmerge.json")
+        held = f"{found.tensors:,} tensors and {found.files} files in fastmerge.json"
+        click.echo(f"{out}: {len(found.wrong):,} wrong, {held}")
         return
     again = f"; {len(found.recomputed):,} merged again, to the bit" if found.recomputed else ""
     rate = found.bytes_read / found.seconds / 1e9
     read = f"read {_size(found.bytes_read)} in {found.seconds:.2f} s ({rate:.1f} GB/s)"
-    click.echo(f"{out}: all {found.tensors:,} tensors are as they were written{again}; {read}")
+    beside = f" and {found.files} files beside them" if found.files else ""
+    click.echo(f"{out}: all {found.tensors:,} tensors{beside} are as they were written{again}; {read}")
 
 
 def comparison(found: Comparison, every: bool) -> None:

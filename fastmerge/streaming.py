@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from io import FileIO
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from . import backends, gds, memory
 from .batches import BATCH_BYTES, Batch, Reader, in_batches, inputs_of, joined, row_of
 from .checkpoint import Writer
 from .checkpoint.header import open_regular
-from .errors import BackendError, CheckpointError
+from .errors import BackendError
 from .measures import Cuts, measured, swept
 from .planner import Job, Stage
 from .sweep import SWEPT, Found, Run, Sweep, Target, View
@@ -376,7 +375,7 @@ class _Lane:
 
     def _read(self, moves: list[_Move]) -> None:
         for file, mine in groupby(sorted(moves), key=lambda move: move.name):
-            with _reading(file) as opened:
+            with open_regular(file) as opened:
                 for _, offset, at, nbytes in mine:
                     for begin, end in self._steps(nbytes):
                         memory.load(opened.fileno(), offset + begin, self._pinned[at + begin : at + end])
@@ -384,7 +383,7 @@ class _Lane:
     def _read_directly(self, moves: list[_Move]) -> None:
         """Past the memory of the host."""
         for file, mine in groupby(sorted(moves), key=lambda move: move.name):
-            with _reading(file), gds.reading(file) as load:
+            with open_regular(file), gds.reading(file) as load:
                 for _, offset, at, nbytes in mine:
                     for begin, end in self._steps(nbytes):
                         load(offset + begin, self._block.device + at + begin, end - begin)
@@ -400,15 +399,6 @@ class _Lane:
             if self._traffic.stop.is_set():
                 raise _StopError
             yield begin, min(begin + _AT_ONCE, nbytes)
-
-
-@contextmanager
-def _reading(file: str) -> Iterator[FileIO]:
-    with open_regular(file) as opened:
-        try:
-            yield opened
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read ({error.strerror}): fetch it again") from None
 
 
 def _room(job: Job, reader: Reader) -> int:

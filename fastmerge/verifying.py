@@ -17,7 +17,7 @@ from . import backends, memory, provenance
 from .batches import BATCH_BYTES, Reader, in_batches
 from .checkpoint import Checkpoint, Writer, lay_out, open_checkpoint, same_bytes
 from .checkpoint.hashing import PIECE, hash_of
-from .checkpoint.header import open_regular
+from .checkpoint.header import open_regular, read_small
 from .errors import CheckpointError
 from .measures import model_cuts
 from .pieces import Room
@@ -41,11 +41,12 @@ class Wrong(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found in an output: nothing `wrong` where it is what was written. `recomputed` are the tensors that
-    were merged again."""
+    """What `verify` found in an output: nothing `wrong` where it is what was written, which is so many `tensors`, and
+    `files` beside the weights. `recomputed` are the tensors that were merged again."""
 
     out: Path
     tensors: int
+    files: int
     bytes_read: int
     wrong: tuple[Wrong, ...]
     recomputed: tuple[str, ...]
@@ -56,6 +57,7 @@ class Verification:
         return {
             "out": str(self.out),
             "tensors": self.tensors,
+            "files": self.files,
             "bytes_read": self.bytes_read,
             "wrong": [each._asdict() for each in self.wrong],
             "recomputed": list(self.recomputed),
@@ -70,11 +72,12 @@ def verify(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Holds an output of `merge` against its fastmerge.json: index, headers, and the hash of each tensor's bytes.
+    """Holds an output of `merge` against its fastmerge.json: index, headers, the hash of each tensor's bytes, and that
+    of each file beside the weights but for README.md, which is there to be edited.
 
     Args:
         out: the folder of the output.
-        recompute: so many tensors, drawn at random, are merged again where nothing else is wrong, by the CPU, from the
+        recompute: so many tensors, drawn at random, are merged again where no tensor is wrong, by the CPU, from the
             recipe in the record and its inputs, and must come out to the bit. Models are looked for from the current
             directory, then from the folder that `out` is in; those of the hub at the commits that they had.
         sample_seed: of the drawing.
@@ -99,9 +102,9 @@ def verify(
         names = sorted(record.tensors)
         recomputed = sorted(random.Random(sample_seed).sample(names, min(recompute, len(names))))
         wrong += _made_differently(record, held, recomputed, threads)
-    return Verification(
-        out, len(record.tensors), nbytes, tuple(wrong), tuple(recomputed), time.perf_counter() - started
-    )
+    wrong += _beside(record, out)
+    seconds = time.perf_counter() - started
+    return Verification(out, len(record.tensors), len(record.files), nbytes, tuple(wrong), tuple(recomputed), seconds)
 
 
 def outputs(out: Path) -> list[Path]:
@@ -177,6 +180,21 @@ _READ = 32 * PIECE  # bytes read and hashed at a time, which stay in the cache
 def _place(held: Checkpoint, name: str) -> tuple[str, str, int, int]:
     info = held.tensors[name]
     return name, held.file_of(name).relative_to(held.folder).as_posix(), info.begin, info.end
+
+
+def _beside(record: Record, out: Path) -> Iterator[Wrong]:
+    """Files beside the weights that are missing, or other than were written."""
+    for name, was in record.files.items():
+        if not os.path.lexists(out / name):
+            yield Wrong(f"the file {name!r} is missing", file=name)
+            continue
+        try:
+            now = hash_of([memoryview(read_small(out / name))]).hex()
+        except CheckpointError as error:
+            yield Wrong(str(error), file=name)
+            continue
+        if now != was:
+            yield Wrong(f"the file {name!r} is other than was written", file=name)
 
 
 # --- the same again ---

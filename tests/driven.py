@@ -87,11 +87,11 @@ class Core:
 
     def merge(self, rows: Any, views: Any, sweeps: Any, parts: Any, targets: Any, *run: Any) -> Any:
         self._ask("merge", run, rows, views, sweeps, parts, targets)
-        return self._found(targets)
+        return *self._found(targets), []
 
     def merge_ranked(self, rows: Any, views: Any, sweeps: Any, parts: Any, ranks: Any, targets: Any, *run: Any) -> Any:
         self._ask("merge_ranked", run, rows, views, sweeps, parts, targets, ranks)
-        return *self._found(targets), *self._cuts()
+        return *self._found(targets), [], *self._cuts()
 
     def gram(self, rows: Any, views: Any, *run: Any) -> Any:
         self._ask("gram", run, rows, views)
@@ -127,14 +127,16 @@ class Core:
         targets: Any = b"",
         ranks: Any = b"",
     ) -> None:
-        """A request, from records and a run: (isa, threads, tile, tick), or without a tile; and its outcome."""
-        self._begin(op, run[0], run[1], run[2] if len(run) == 4 else 0)
+        """A request, from records and a run: (isa, threads, tick), with a tile (and a hash, which the driver has of its
+        own) for what sweeps; and its outcome."""
+        isa, threads, *tile, tick = run[:4]
+        self._begin(op, isa, threads, *(tile or (0,)))
         for array in (rows, views, sweeps, parts, targets, np.array(ranks, np.int64) if len(ranks) else b""):
             self._send(array)
         elements = np.repeat(rows["elements"], rows["inputs"]).tolist()
         for (address, dtype), count in zip(views.tolist(), elements, strict=True):
             self._to.write(ctypes.string_at(address, count * SIZES[dtype]))
-        self._outcome(run[-1])
+        self._outcome(tick)
 
     def _begin(self, op: str, isa: str, threads: int, tile: int) -> None:
         self._send(np.array([OPS.index(op), self._isas.index(isa), threads, tile, FAULTS.index(self._fault)]))

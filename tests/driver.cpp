@@ -229,6 +229,18 @@ struct Request {
   }
 };
 
+// Something to hash by: it reads every byte.
+Hash128 sum_of(const void* bytes, size_t count) {
+  const char* from = static_cast<const char*>(bytes);
+  return {static_cast<uint64_t>(std::count(from, from + count, 0)), count};
+}
+
+Crew hashing(Crew crew, const Request& request) {
+  const bool files = std::all_of(request.targets.begin(), request.targets.end(), [](auto& to) { return to.file >= 0; });
+  crew.hash = files ? sum_of : nullptr;
+  return crew;
+}
+
 struct Merges {
   explicit Merges(const Request& request)
       : nonfinite(request.views.size()), first(request.views.size(), -1), overflow(request.targets.size()) {
@@ -236,7 +248,9 @@ struct Merges {
     hashes.reserve(request.targets.size());
     for (size_t t = 0; t < request.rows.size(); ++t) {
       const Row& row = request.rows[t];
-      for (int k = 0; k < row.settings; ++k) hashes.emplace_back(0);
+      for (size_t k = setting; k < setting + static_cast<size_t>(row.settings); ++k) {
+        hashes.emplace_back(row.elements * size_of(static_cast<DType>(request.targets[k].dtype)));
+      }
       all.push_back({request.tensors[t], row.settings, request.sweeps.data() + setting, request.parts.data() + part,
                      request.targets.data() + setting, nonfinite.data() + view, first.data() + view,
                      overflow.data() + setting, hashes.data() + setting});
@@ -246,6 +260,10 @@ struct Merges {
     }
   }
   Answer answer(const Request& request) const {
+    for (const PieceHashes& each : hashes) {
+      char whole[PieceHashes::SIZE];
+      each.whole(sum_of, whole);
+    }
     Answer found = {bytes_of(nonfinite), bytes_of(first), bytes_of(overflow)};
     for (const auto& output : request.outputs) found.push_back(output->checked());
     return found;
@@ -272,7 +290,7 @@ void add(Answer& answer, const std::vector<Cut>& cuts) {
 Answer merge(const Crew& crew, Fault fault) {
   const Request request(fault);
   Merges merges(request);
-  fastmerge::merge(merges.all, crew);
+  fastmerge::merge(merges.all, hashing(crew, request));
   return merges.answer(request);
 }
 
@@ -288,7 +306,7 @@ Answer merge_ranked(const Crew& crew, Fault fault) {
     starts.push_back(cuts.data() + model);
     model += static_cast<size_t>(row.models);
   }
-  fastmerge::merge_ranked(merges.all, ranks, starts, crew);
+  fastmerge::merge_ranked(merges.all, ranks, starts, hashing(crew, request));
   Answer answer = merges.answer(request);
   add(answer, cuts);
   return answer;

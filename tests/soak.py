@@ -11,10 +11,11 @@ from collections import Counter
 from pathlib import Path
 from time import perf_counter
 
-from injected import RECIPES, SIGNALS, compiled, files, inputs, looks_whole, merge, save_models
+from injected import RECIPES, SIGNALS, compiled, files, inputs, looks_whole, merge, save_models, tensors_noted
 
 _OPTIONS = ((), ("--shard-size", "60KB"))
-_CALLS = {"pwrite": 26, "write": 20, "fsync": 12, "rename": 10, "unlink": 3, "fallocate": 4, "any": 70}
+_LAYERS = 12
+_CALLS = {"pwrite": 74, "write": 44, "fsync": 18, "rename": 14, "unlink": 3, "fallocate": 7, "any": 150}
 _DISK = ("ENOSPC", "EIO", "EDQUOT")
 _DONE = "nothing, as it was done before"
 
@@ -33,11 +34,11 @@ def soak(folder: Path, kills: int, chance: random.Random) -> str:
     layer = compiled(folder)
     if layer is None:
         sys.exit("the soak needs Linux and a C++ compiler")
-    save_models(folder)
+    save_models(folder, _LAYERS)
     before = inputs(folder)
     started = perf_counter()
     ends: Counter[str] = Counter()
-    merges = compared = 0
+    merges = compared = within = 0
     expected: dict[tuple[str, ...], dict[str, bytes]] = {}
     while sum(ends.values()) - ends[_DONE] < kills:
         arguments = (f"{chance.choice(list(RECIPES))}.yml", "out", *chance.choice(_OPTIONS))
@@ -46,9 +47,11 @@ def soak(folder: Path, kills: int, chance: random.Random) -> str:
             expected[arguments] = files(folder / "out")
             shutil.rmtree(folder / "out")
         for _ in range(chance.randrange(1, 5)):
+            before_it = tensors_noted(folder / "out")
             ends[_disturbed(folder, arguments, layer, chance)] += 1
             if looks_whole(folder / "out"):
                 break
+            within += tensors_noted(folder / "out") > before_it
         if not looks_whole(folder / "out"):
             ended = merge(folder, arguments)
             assert ended.code == 0, ended
@@ -60,13 +63,16 @@ def soak(folder: Path, kills: int, chance: random.Random) -> str:
         shutil.rmtree(folder / "out")
     told = ", ".join(f"{count} by {end}" for end, count in ends.most_common())
     minutes = (perf_counter() - started) / 60
-    return f"{merges} merges, {sum(ends.values())} ends ({told}), {compared:,} bytes compared, in {minutes:.1f} minutes"
+    said = f"{merges} merges, {sum(ends.values())} ends ({told}), {within} of them while tensors were merged"
+    return f"{said}, {compared:,} bytes compared, in {minutes:.1f} minutes"
 
 
 def _disturbed(folder: Path, arguments: tuple[str, ...], layer: Path, chance: random.Random) -> str:
     """Merges with one thing in the way, and says what ended it."""
     if chance.random() < 0.3:
-        ended = merge(folder, arguments, timer=chance.uniform(0.05, 0.5))
+        starting = chance.random() < 0.1
+        timer = {"start_timer": chance.uniform(0.02, 0.3)} if starting else {"timer": 10 ** chance.uniform(-2.3, -0.6)}
+        ended = merge(folder, arguments, **timer)
         kind, codes = "a timer at any moment", {0, -14}
     else:
         call, most = chance.choice(list(_CALLS.items()))

@@ -103,7 +103,10 @@ ELSEWHERE = {
         "test_resume::test_a_signal_ends_a_merge_with_a_sentence_and_the_same_command_goes_on",
         "test_resume::test_ended_at_random_moments",
     ],
-    "two processes": ["test_writer::test_a_second_writer_of_the_same_folder"],
+    "two processes": [
+        "test_writer::test_a_second_writer_of_the_same_folder",
+        "test_resume::test_two_processes_on_one_output",
+    ],
     "no GPU": [
         "test_cli::test_a_gpu_backend_that_is_out_is_one_sentence_with_the_remedy",
         "test_cli::test_info_says_why_a_backend_is_out",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -662,6 +663,7 @@ def test_an_interrupt_leaves_nothing(recipe: str, backend: str) -> None:
     assert calls
     assert_nothing_left()
     assert digests("base", "a", "b", "c") == before
+    assert gc.isenabled()
 
 
 @pytest.mark.usefixtures("models")

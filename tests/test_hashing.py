@@ -165,7 +165,7 @@ def test_a_merge_hashes_hot_and_reads_nothing_back(
     compiled_core()
     monkeypatch.chdir(tmp_path)
     models("base", "a", "b")
-    monkeypatch.setattr("fastmerge.checkpoint.journal.hash_of", lambda parts: pytest.fail("read back"))
+    monkeypatch.setattr("fastmerge.checkpoint.writer.hash_in_file", lambda *place: pytest.fail("read back"))
     merged("merge_method: linear\nmodels: [model: a, model: b]\nparameters: {weight: 0.5}\n", backend="cpu")
 
 

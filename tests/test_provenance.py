@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorded import hashes, merged, models, save
+from recorded import hashes, merged, models, save, tree
 from safetensors.torch import save_file
 
 from fastmerge import CheckpointError, backends, planner, provenance
@@ -63,6 +63,7 @@ def test_the_file_has_these_fields() -> None:
         "command",
         "inputs",
         "health",
+        "files",
         "tensors",
     ]
     assert (record["format"], record["arithmetic"]) == (1, provenance.ARITHMETIC)
@@ -111,6 +112,17 @@ def test_the_same_merge_has_the_same_file_wherever_it_is(tmp_path: Path, monkeyp
     here, there = (Path(folder, "fastmerge.json").read_bytes() for folder in ("../out", "out"))
     assert here == there
     assert str(tmp_path).encode() not in here
+
+
+@pytest.mark.parametrize("shard_size", [5_000_000_000, 1000], ids=["one-file", "sharded"])
+def test_each_file_beside_the_weights_has_its_hash_but_for_the_card(shard_size: int) -> None:
+    Path("a/tokenizer.json").write_text("{}" * 40_000)
+    record = merged(LINEAR, shard_size=shard_size)
+    beside = {path.name for path in Path("out").iterdir() if path.suffix != ".safetensors"}
+    beside -= {"README.md", provenance.FILE}
+    assert record.files == {name: tree(Path("out", name).read_bytes()) for name in beside}
+    assert {"config.json", "mergekit_config.yml", "tokenizer.json"} <= record.files.keys()
+    assert ("model.safetensors.index.json" in record.files) is (shard_size == 1000)
 
 
 def test_a_copy_says_whose_it_is() -> None:
@@ -174,6 +186,19 @@ def test_full_computes_what_nobody_says() -> None:
         assert each.files["model.safetensors"].sha256 == digest
 
 
+@pytest.mark.parametrize("lies", ["", "blobs", "models--org--a", "models--org--a/snapshots", "models/blobs"])
+def test_a_name_like_a_hash_is_believed_in_the_cache_of_the_hub_alone(lies: str) -> None:
+    digest = hashlib.sha256(Path("a/model.safetensors").read_bytes()).hexdigest()
+    named = Path(lies, "0" * 64)
+    named.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move("a/model.safetensors", named)
+    Path("a/model.safetensors").symlink_to(named.absolute())
+    assert inputs(LINEAR)["a"].files["model.safetensors"].sha256 is None
+    record = merged(LINEAR, hash="full")
+    assert record.inputs[0].files["model.safetensors"].sha256 == digest
+    assert "0" * 64 not in Path("out/README.md").read_text()
+
+
 # --- fingerprints ---
 
 
@@ -232,6 +257,11 @@ DAMAGE = {
     "no-files": changed("inputs/0/files", ...),
     "bytes-a-text": changed("inputs/0/files/model.safetensors/bytes", "5"),
     "fingerprint-a-word": changed("inputs/0/files/model.safetensors/fingerprint", "zebra"),
+    "no-files-beside": changed("files", ...),
+    "files-beside-a-list": changed("files", []),
+    "a-file-beside-null": changed("files/config.json", None),
+    "a-file-elsewhere": changed("files", {"../config.json": "0" * 32}),
+    "a-file-that-is-a-folder": changed("files", {"..": "0" * 32}),
     "tensors-a-list": changed("tensors", []),
     "a-tensor-null": changed("tensors/model.scalar", None),
     "shape-of-texts": changed("tensors/model.scalar/shape", ["1"]),

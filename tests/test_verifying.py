@@ -155,7 +155,8 @@ def test_a_shard_that_is_not_whole_is_named(damage: str) -> None:
     else:
         for file in Path("out").glob("*.safetensors*"):
             file.unlink()
-    (wrong,) = verify("out").wrong
+    wrong, *beside = verify("out").wrong
+    assert [each.file for each in beside] == ["model.safetensors.index.json"] * damage.startswith("no-")
     assert wrong.tensor is None
     assert (shard.name if damage in ("cut", "missing") else "out has no") in wrong.reason or damage == "no-weights"
 
@@ -190,6 +191,50 @@ def test_a_record_that_says_otherwise(key: str, value: str, reason: str) -> None
     merged(LINEAR)
     rewrite(lambda record: record["tensors"][UP].update({key: value}))
     assert [wrong.reason for wrong in verify("out").wrong] == [f"tensor {UP!r} {reason}"]
+
+
+# --- the files beside them ---
+
+CHANGES = {
+    "config.json is other": lambda: Path("out/config.json").write_text('{"num_hidden_layers": 3}'),
+    "config.json is missing": lambda: Path("out/config.json").unlink(),
+    "tokenizer.json is other": lambda: Path("out/tokenizer.json").write_text("{ }"),
+    "tokenizer.json is missing": lambda: Path("out/tokenizer.json").unlink(),
+    "mergekit_config.yml is other": lambda: Path("out/mergekit_config.yml").write_text(""),
+    "model.safetensors.index.json is other": lambda: indented(Path("out/model.safetensors.index.json")),
+}
+
+
+def indented(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_bytes()), indent=4))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_beside_the_weights_that_is_other_or_missing_is_named(change: str) -> None:
+    Path("a/tokenizer.json").write_text("{}")
+    merged(LINEAR, shard_size=1000)
+    CHANGES[change]()
+    name, _, what = change.split()
+    found = verify("out", recompute=2)
+    fault = f"the file {name!r} is " + ("missing" if what == "missing" else "other than was written")
+    assert found.wrong == (Wrong(fault, file=name),)
+    assert len(found.recomputed) == 2
+
+
+def test_a_file_beside_the_weights_that_is_a_folder_is_named() -> None:
+    merged(LINEAR)
+    Path("out/mergekit_config.yml").unlink()
+    Path("out/mergekit_config.yml").mkdir()
+    (wrong,) = verify("out").wrong
+    assert wrong.file == "mergekit_config.yml"
+    assert "is a folder" in wrong.reason
+
+
+@pytest.mark.parametrize("edit", [lambda card: card.write_text("Mine."), Path.unlink], ids=["other", "none"])
+def test_a_card_is_there_to_be_edited(edit: Callable[[Path], object]) -> None:
+    merged(LINEAR)
+    edit(Path("out/README.md"))
+    assert verify("out").wrong == ()
 
 
 # --- merged again ---
@@ -395,7 +440,8 @@ def test_the_command_says_that_all_is_well(capsys: pytest.CaptureFixture[str]) -
     merged(LINEAR)
     assert run("verify", "out", "--recompute", "2") == 0
     out, err = capsys.readouterr()
-    assert out.startswith("out: all 7 tensors are as they were written; 2 merged again, to the bit; read 546.8 kB in ")
+    held = "out: all 7 tensors and 2 files beside them are as they were written"
+    assert out.startswith(f"{held}; 2 merged again, to the bit; read 546.8 kB in ")
     assert err == ""
 
 
@@ -406,7 +452,7 @@ def test_the_command_names_file_and_bytes(capsys: pytest.CaptureFixture[str]) ->
     assert run("verify", "out") == 1
     assert capsys.readouterr().out.splitlines() == [
         f"wrong: out/{file}, bytes {begin:,} to {end:,}: tensor {UP!r} has other bytes than were written",
-        "out: 1 wrong, 7 tensors in fastmerge.json",
+        "out: 1 wrong, 7 tensors and 2 files in fastmerge.json",
     ]
 
 
@@ -417,7 +463,7 @@ def test_the_command_takes_all_outputs_of_a_merge(capsys: pytest.CaptureFixture[
     assert run("verify", "out", "--json") == 1
     found = json.loads(capsys.readouterr().out)["outputs"]
     assert [(each["out"], len(each["wrong"])) for each in found] == [("out/density=0.2", 0), ("out/density=0.6", 1)]
-    assert list(found[1]) == ["out", "tensors", "bytes_read", "wrong", "recomputed"]
+    assert list(found[1]) == ["out", "tensors", "files", "bytes_read", "wrong", "recomputed"]
     assert list(found[1]["wrong"][0]) == ["reason", "tensor", "file", "begin", "end"]
 
 

@@ -297,6 +297,43 @@ def test_the_output_holds_what_an_input_links_to(model: Path, tmp_path: Path) ->
     refused(f"holds files of the input {linked}", model, linked, overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "adapter_config.json", "added_tokens.json"])
+@pytest.mark.parametrize("way", ["straight", "by-a-folder", "by-a-file", "through"])
+@pytest.mark.parametrize("one_file", [False, True], ids=["folder", "file"])
+def test_the_output_holds_what_a_file_beside_the_weights_links_to(
+    model: Path, tmp_path: Path, name: str, way: str, one_file: bool
+) -> None:
+    linked, elsewhere = tmp_path / "linked", tmp_path / "elsewhere"
+    linked.mkdir()
+    shutil.copy(model / "model.safetensors", linked)
+    elsewhere.write_text("{}")
+    (linked / "loop").symlink_to("loop")
+    if way == "through":  # the output holds a link of its own
+        (model / name).symlink_to(elsewhere)
+    else:
+        (model / name).write_text("{}")
+    between = tmp_path / "between"
+    if way == "by-a-folder":
+        between.symlink_to(model)
+    elif way == "by-a-file":
+        between.symlink_to(model / name)
+    (linked / name).symlink_to({"by-a-folder": Path("../between", name), "by-a-file": between}.get(way, model / name))
+    refused("holds files of the input", model, linked / "model.safetensors" if one_file else linked, overwrite=True)
+
+
+def test_links_among_inputs_are_no_reason_to_refuse(out: Path, model: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (model / name).touch()
+        (linked / name).symlink_to(model / name)
+    (linked / "loop").symlink_to("loop")
+    (linked / "folder").symlink_to(out)
+    with writer(out, lay_out(OUTPUTS, 16), linked) as files:
+        files.commit({})
+    assert (out / INDEX).exists()
+
+
 def test_the_output_may_lie_beside_an_input_file(model: Path) -> None:
     write_beside = writer(model / "out", lay_out(OUTPUTS, 16), model / "model.safetensors")
     with write_beside as files:

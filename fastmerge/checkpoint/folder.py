@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from .. import system
@@ -20,12 +20,13 @@ STAGES = LEFTOVER + "stages"
 JOURNAL = LEFTOVER + "journal"
 #: Held by the process that writes.
 LOCK = LEFTOVER + "lock"
-#: The names being renamed, one a line, the one that completes the output last.
+#: The names being renamed, the one that completes the output last, with a NUL between them.
 COMMIT = LEFTOVER + "commit"
 
 
 def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
-    """The output is neither an input's folder, nor inside one, nor where an input's files really lie."""
+    """The output is neither an input's folder, nor inside one, nor where an input's files really lie, or the files
+    beside them: on the way from a link to its file, too."""
     real = _real(out)
     here = [_identity(folder) for folder in (real, *real.parents)]
     for path in inputs:
@@ -34,11 +35,32 @@ def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
             if _identity(resolved) in here:
                 where = "is" if _identity(resolved) == here[0] else "is inside"
                 raise OutputError(f"the output folder {out} {where} the input {path}; choose another folder")
-            files = [_real(entry) for entry in resolved.glob("*.safetensors")]
+            files = _links(resolved)
         else:
-            files = [resolved, path.absolute()]
-        if any(_identity(file.parent) == here[0] is not None for file in files):
+            files = [path.absolute(), *_links(path.absolute().parent), *_links(resolved.parent)]
+        if any(_identity(place.parent) == here[0] is not None for file in files for place in _way(file)):
             raise OutputError(f"the output folder {out} holds files of the input {path}; choose another folder")
+
+
+def _links(folder: Path) -> list[Path]:
+    """The files in a folder that lie elsewhere."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_symlink() and os.path.isfile(entry)]
+    except OSError:
+        return []  # there is nothing to read, as the reader says
+
+
+def _way(file: Path) -> Iterator[Path]:
+    """A file, and where its name leads from link to link."""
+    for _ in range(_MOST_LINKS):
+        yield file
+        if not file.is_symlink():
+            return
+        file = file.parent / os.readlink(file)
+
+
+_MOST_LINKS = 40  # as in Linux
 
 
 def lock(out: Path) -> int:
@@ -84,17 +106,21 @@ def take_back(out: Path, kept: Collection[str]) -> None:
 
 def committing(out: Path) -> list[str]:
     """The files that a commit was giving their names, the one that completes the output last."""
-    names = os.fsdecode(left_in(out / COMMIT)).split("\n")
+    names = os.fsdecode(left_in(out / COMMIT)).split("\0")
     return [os.path.basename(name) for name in names if os.path.basename(name)]
 
 
 def left_in(path: Path) -> bytes:
-    """What an earlier run left in a file of its own; nothing of a link, or of a pipe that nobody writes to."""
-    with suppress(OSError):
+    """What an earlier run left in a file of its own; nothing of a link, a folder, or a pipe that nobody writes to.
+    OutputError where the system does not let us know."""
+    try:
         descriptor = os.open(path, os.O_RDONLY | system.FLAGS | system.NO_LINK | system.NO_WAIT)
         with open(descriptor, "rb") as file:
             return file.read()
-    return b""
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EAGAIN):
+            return b""
+        raise OutputError(f"{path} cannot be read ({error.strerror}): mend that, or choose another folder") from None
 
 
 def finished(out: Path) -> bool:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import xxhash
+
+from .. import system
 
 #: The bytes of a piece; the last may be shorter. As in csrc/cpu/hash.h.
 PIECE = 1 << 15
@@ -19,6 +24,30 @@ def hash_of(parts: Iterable[memoryview]) -> bytes:
     """The hash, 16 bytes, of what comes in parts that are whole pieces, but for the last."""
     digest = xxhash.xxh3_128_digest
     return digest(b"".join([digest(part[at : at + PIECE]) for part in parts for at in range(0, len(part), PIECE)]))
+
+
+def hash_in_file(path: Path, begin: int, end: int) -> bytes:
+    """The hash of what lies in [begin, end) of a file; OSError where that is shorter, or cannot be read."""
+    room = memoryview(bytearray(min(end - begin, _READ)))
+
+    def parts(file: int) -> Iterator[memoryview]:
+        for at in range(begin, end, _READ):
+            part = room[: min(_READ, end - at)]
+            filled = 0
+            while filled < len(part):
+                if not (read := system.read_at(file, part[filled:], at + filled)):
+                    raise OSError(errno.EIO, "it is shorter than it was", str(path))
+                filled += read
+            yield part
+
+    file = os.open(path, os.O_RDONLY | system.FLAGS | system.NO_LINK)
+    try:
+        return hash_of(parts(file))
+    finally:
+        os.close(file)
+
+
+_READ = 32 * PIECE  # bytes read and hashed at a time, which stay in the cache
 
 
 @lru_cache

@@ -104,24 +104,60 @@ def encode_header(
     Returns the bytes from the start of the file to the first tensor, which is aligned to 8 bytes, and the absolute
     offset of each tensor.
     """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries = [f'"__metadata__":{_json(dict(metadata))}'] if metadata else []
     begins: dict[str, int] = {}
+    alike: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}
     end = 0
     for name, dtype, shape in tensors:
-        begins[name] = end
-        end += math.prod(shape) * DTYPE_BITS[dtype] // 8
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begins[name], end)}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
+        if (dtype, shape) not in alike:
+            text = f'"dtype":{_json(dtype)},"shape":{_json(shape)}'
+            alike[dtype, shape] = text, math.prod(shape) * DTYPE_BITS[dtype] // 8
+        text, nbytes = alike[dtype, shape]
+        begins[name], end = end, end + nbytes
+        entries.append(f'{_json(name)}:{{{text},"data_offsets":[{end - nbytes},{end}]}}')
+    data = f"{{{','.join(entries)}}}".encode()
+    data += b" " * (-len(data) % 8)
+    start = 8 + len(data)
+    return struct.pack("<Q", len(data)) + data, {name: start + begin for name, begin in begins.items()}
 
 
-def open_regular(path: str | Path) -> FileIO:
-    """Opens a file, unbuffered; raises CheckpointError for what is no readable regular file, without blocking on it."""
+_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
+
+class InputFile(FileIO):
+    """An open file of an input, unbuffered; a `with` of it turns what the system refuses into a CheckpointError that
+    names it, also where it is read by its number."""
+
+    def exactly(self, count: int) -> bytes:
+        """The next `count` bytes, which may come fewer at a time; CheckpointError where there are not so many."""
+        pieces = []
+        try:
+            while count and (piece := self.read(count)):
+                pieces.append(piece)
+                count -= len(piece)
+        except OSError as error:
+            raise cannot_read(self.name, error) from None
+        if count:
+            raise CheckpointError(f"{self.name} became shorter while it was read; fetch it again")
+        return b"".join(pieces)
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+        if isinstance(error, OSError):
+            raise cannot_read(self.name, error) from None
+
+
+def cannot_read(path: object, error: OSError) -> CheckpointError:
+    """What is said where the system refuses to read an input."""
+    return CheckpointError(f"{path} cannot be read ({error.strerror or error}): look at its disk, or fetch it again")
+
+
+def open_regular(path: str | Path) -> InputFile:
+    """Opens a file; raises CheckpointError for what is no readable regular file, without blocking on it."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):
-            return open(path, "rb", buffering=0)
+            return InputFile(path)
     except FileNotFoundError:
         where = f"is a link to {os.readlink(path)}, which is missing" if os.path.islink(path) else "does not exist"
         raise CheckpointError(f"{path} {where}; mend the path, or fetch the file first") from None
@@ -214,15 +250,15 @@ def _constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
-def _parse(file: FileIO, size: int) -> Header:
+def _parse(file: InputFile, size: int) -> Header:
     """The header of an open file of `size` bytes; ValueError says what is wrong with it."""
     if size < 8:
         raise ValueError(f"it has {size} bytes, fewer than the 8 of a header's length")
-    (length,) = struct.unpack("<Q", _exactly(file, 8))
+    (length,) = struct.unpack("<Q", file.exactly(8))
     if length > min(LONGEST_JSON, size - 8):
         limit = f"longer than {LONGEST_JSON}" if length > LONGEST_JSON else f"beyond the file's {size} bytes"
         raise ValueError(f"it gives its header {length} bytes, {limit}")
-    data = _exactly(file, length)
+    data = file.exactly(length)
     header = _known.get((data, size))
     if header is None:
         header = _known[data, size] = _header(data, size)
@@ -255,17 +291,6 @@ def _header(data: bytes, size: int) -> Header:
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     return Header({tensor.name: tensor for tensor in tensors}, metadata, size)
-
-
-def _exactly(file: FileIO, count: int) -> bytes:
-    """`count` bytes of an unbuffered file, which may give fewer at a time."""
-    pieces = []
-    while count and (piece := file.read(count)):
-        pieces.append(piece)
-        count -= len(piece)
-    if count:
-        raise ValueError("it became shorter while it was read")
-    return b"".join(pieces)
 
 
 def _tensor(name: str, entry: Any, start: int) -> TensorInfo:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 
 from .. import system
 from .folder import left_in
-from .hashing import hash_of
 
 _FORMAT = 2
 _TOGETHER_BYTES = 1 << 26  # of tensors that are noted together
@@ -33,13 +31,13 @@ class Whole(NamedTuple):
 class Journal:
     """A file that only grows: a line that says what the output is of, then a line for each tensor that is whole.
 
-    A line that was cut while it was written says nothing. That a line is there does not mean that the tensor's bytes
-    reached the disk, too, where the machine itself went down: hence the hashes.
+    A line that was cut while it was written says nothing, and without the first line none does. That a line is there
+    does not mean that the tensor's bytes reached the disk, too, where the machine itself went down: hence the hashes.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.plan: Mapping[str, Any] | None = None  # None: there is no journal, or it was cut in its first line
+        self.plan: Mapping[str, Any] | None = None  # None: there is no journal, or its first line is not one of ours
         self.whole: dict[str, Whole] = {}
         data = left_in(path)
         self._cut = not data.endswith(b"\n")
@@ -47,7 +45,7 @@ class Journal:
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             said = json.loads(first)
             self.plan = said["plan"] if said["journal"] == _FORMAT and type(said["plan"]) is dict else None
-        for line in lines:
+        for line in lines if self.plan is not None else ():
             with suppress(ValueError, TypeError, RecursionError):
                 tensor, *rest = json.loads(line)
                 if type(tensor) is str and _is_sound(whole := Whole(*rest)):
@@ -62,13 +60,14 @@ class Journal:
         """The file is gone."""
         self.plan, self.whole, self._cut = None, {}, False
 
-    def add(self, whole: Mapping[str, Whole]) -> None:
+    def add(self, hashes: Mapping[str, str], overflow: Mapping[str, int], worked: Mapping[str, Sequence[str]]) -> None:
         """Tensors whose bytes are written, together or not at all."""
-        self.whole |= whole
-        self._append(json.dumps([tensor, *line]) for tensor, line in whole.items())
+        self.whole |= {tensor: Whole(hashes[tensor], count, worked) for tensor, count in overflow.items()}
+        ops, name = json.dumps(worked), json.JSONEncoder().encode
+        self._append([f'[{name(tensor)}, "{hashes[tensor]}", {count}, {ops}]' for tensor, count in overflow.items()])
 
     def _append(self, lines: Iterable[str], flags: int = 0) -> None:
-        data = memoryview(("\n" * self._cut + "".join(f"{line}\n" for line in lines)).encode())
+        data = memoryview(("\n" * self._cut + "\n".join([*lines, ""])).encode())
         self._cut = False
         flags |= os.O_WRONLY | os.O_CREAT | os.O_APPEND | system.FLAGS | system.NO_LINK
         descriptor = os.open(self._path, flags, 0o666)
@@ -94,7 +93,7 @@ class Recorder:
         self._journal = journal
         self._read_back = read_back
         self._thread = ThreadPoolExecutor(1, "fastmerge-journal", system.stand_back)
-        self._noted: list[Future[None]] = []
+        self._noted: deque[Future[None]] = deque()
         self._overflow: dict[str, int] = {}  # of the tensors that are noted next
         self._hashes: dict[str, str] = {}  # of some of them
         self._worked: Mapping[str, Collection[str]] = {}
@@ -103,6 +102,7 @@ class Recorder:
     def add(
         self, tensor: str, overflow: int, worked: Mapping[str, Collection[str]], nbytes: int, hash: bytes | None
     ) -> None:
+        """Soon; raises the OSError of what could not be noted before."""
         self._overflow[tensor] = overflow
         if hash is not None:
             self._hashes[tensor] = hash.hex()
@@ -124,6 +124,8 @@ class Recorder:
         self._thread.shutdown()
 
     def _begin(self) -> None:
+        while self._noted and self._noted[0].done():
+            self._noted.popleft().result()
         if self._overflow:
             worked = {name: sorted(ops) for name, ops in self._worked.items()}
             self._noted.append(self._thread.submit(self._note, self._overflow, self._hashes, worked))
@@ -133,26 +135,4 @@ class Recorder:
         self, overflow: Mapping[str, int], hashes: Mapping[str, str], worked: Mapping[str, Sequence[str]]
     ) -> None:
         known = {**hashes, **self._read_back([tensor for tensor in overflow if tensor not in hashes])}
-        self._journal.add({tensor: Whole(known[tensor], count, worked) for tensor, count in overflow.items()})
-
-
-def hashes_of(path: Path, places: Sequence[tuple[int, int]]) -> list[str]:
-    """The hash of parts of a file in ascending order, each by its begin and end; OSError where it is shorter.
-
-    Through a mapping, which is twice as fast as to copy: the file is one that this process alone writes.
-    """
-    (start, _), (_, end) = places[0], places[-1]
-    start -= start % mmap.ALLOCATIONGRANULARITY
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < end:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        if end == start:
-            return [hash_of([]).hex()] * len(places)
-        mapped = mmap.mmap(file.fileno(), end - start, access=mmap.ACCESS_READ, offset=start)
-        with mapped, memoryview(mapped) as view:
-            return [_hash(view, begin - start, end - start) for begin, end in places]
-
-
-def _hash(view: memoryview, begin: int, end: int) -> str:
-    with view[begin:end] as part:
-        return hash_of([part]).hex()
+        self._journal.add(known, overflow, worked)

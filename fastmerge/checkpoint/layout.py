@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,11 @@ class Layout(NamedTuple):
     weight_index: dict[str, Any] | None
 
     @property
+    def index_file(self) -> bytes | None:
+        """The file with it."""
+        return None if self.weight_index is None else json.dumps(self.weight_index, indent=2).encode() + b"\n"
+
+    @property
     def hash(self) -> str:
         """Of all that it says."""
         state = xxhash.xxh3_128()
@@ -43,26 +49,23 @@ def lay_out(outputs: Sequence[tuple[str, str, tuple[int, ...]]], shard_size: int
     aligned to its dtype.
     """
     groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
-    filled = total = 0
+    sizes = [0]
     for output in outputs:
-        nbytes = _nbytes(output)
-        if groups[-1] and filled + nbytes > shard_size:
+        nbytes = math.prod(output[2]) * DTYPE_BITS[output[1]] // 8
+        if groups[-1] and sizes[-1] + nbytes > shard_size:
             groups.append([])
-            filled = 0
+            sizes.append(0)
         groups[-1].append(output)
-        filled += nbytes
-        total += nbytes
+        sizes[-1] += nbytes
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     if len(groups) == 1:
-        return Layout((_shard(SINGLE, groups[0]),), None)
+        return Layout((_shard(SINGLE, groups[0], sizes[0]),), None)
     weight_map = {output[0]: name for name, group in zip(names, groups, strict=True) for output in group}
-    return Layout(tuple(map(_shard, names, groups)), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return Layout(
+        tuple(map(_shard, names, groups, sizes)), {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    )
 
 
-def _shard(name: str, group: Sequence[tuple[str, str, tuple[int, ...]]]) -> Shard:
+def _shard(name: str, group: Sequence[tuple[str, str, tuple[int, ...]]], nbytes: int) -> Shard:
     header, offsets = encode_header(sorted(group, key=lambda output: -DTYPE_BITS[output[1]]), {"format": "pt"})
-    return Shard(name, header, offsets, len(header) + sum(map(_nbytes, group)))
-
-
-def _nbytes(output: tuple[str, str, tuple[int, ...]]) -> int:
-    return math.prod(output[2]) * DTYPE_BITS[output[1]] // 8
+    return Shard(name, header, offsets, len(header) + nbytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import threading
@@ -19,8 +18,9 @@ from typing import Any
 
 from .. import system
 from ..errors import FastmergeError, OutputError
-from .folder import COMMIT, JOURNAL, LEFTOVER, LOCK, clear, finished, lock, refuse_inputs, take_back, temporary
-from .journal import Journal, Recorder, Whole, hashes_of
+from .folder import COMMIT, JOURNAL, LEFTOVER, LOCK, STAGES, clear, finished, lock, refuse_inputs, take_back, temporary
+from .hashing import hash_in_file
+from .journal import Journal, Recorder, Whole
 from .layout import Layout, Shard
 from .reader import INDEX, SINGLE
 from .sidecars import CONFIG, is_sidecar
@@ -61,7 +61,7 @@ class Writer:
         plan: Mapping[str, Any] | None = None,
         restart: bool = False,
     ) -> None:
-        self._out = out
+        self.out = out
         self._layout = layout
         self._inputs = inputs
         self._overwrite = overwrite
@@ -74,20 +74,21 @@ class Writer:
                 self._places[tensor] = name, begin, end
         self._open: dict[str, Descriptor] = {}
         self._opening = threading.Lock()
-        self._made = self._committed = False
+        self._made = False
+        self.committed = False  # whether the output is visible and whole
         self._lock = -1
 
     def __enter__(self) -> Writer:
-        refuse_inputs(self._out, self._inputs)
-        with _named(self._out):
-            self._made = not self._out.exists()
-            self._out.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self._out)
-            self._journal = Journal(self._out / JOURNAL)
+        refuse_inputs(self.out, self._inputs)
+        with _named(self.out):
+            self._made = not self.out.exists()
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.out)
+            self._journal = Journal(self.out / JOURNAL)
             self._recorder = Recorder(self._journal, self._read_back)
             try:
                 if not self._goes_on():
-                    clear(self._out)
+                    clear(self.out)
                     self._journal.forget()
                 self._refuse_occupied()
                 self._refuse_small()
@@ -109,19 +110,27 @@ class Writer:
         self._recorder.close()
         self._open.clear()
         again = kind is not None and issubclass(kind, FastmergeError) and not issubclass(kind, OutputError)
-        keep = self._journal.whole and not again and (kind is not None or not self._committed)
-        try:
-            with suppress(OSError):
-                if not keep:
-                    clear(self._out)
-                elif kind is not None and issubclass(kind, OSError):
-                    self._remove_partial()
-                os.unlink(self._out / LOCK)
-        finally:
-            os.close(self._lock)
-        if self._made:
-            with suppress(OSError):  # it holds an output
-                self._out.rmdir()
+        keep = self._begun and not again and (kind is not None or not self.committed)
+        with system.uninterrupted():
+            try:
+                with suppress(OSError):
+                    if not keep:
+                        clear(self.out)
+                    elif kind is not None and issubclass(kind, OSError):
+                        self._remove_partial()
+                    os.unlink(self.out / LOCK)
+            finally:
+                os.close(self._lock)
+            if self._made:
+                with suppress(OSError):  # it holds an output
+                    self.out.rmdir()
+
+    @property
+    def _begun(self) -> bool:
+        """Whether there is something to go on with: tensors, or a model that the output is to be made of."""
+        stages = self.out / STAGES
+        between = self._journal.plan is not None and stages.is_dir() and any(stages.iterdir())
+        return between or bool(self._journal.whole)
 
     @property
     def claimed(self) -> frozenset[str]:
@@ -148,12 +157,13 @@ class Writer:
         that each provider has run by now, and its hash, for which it is read back where none is given."""
         if self._plan is not None:
             _, begin, end = self._places[name]
-            self._recorder.add(name, overflow, worked, end - begin, hash)
+            with _named(self.out):
+                self._recorder.add(name, overflow, worked, end - begin, hash)
 
     def settle(self) -> None:
         """Waits until all that was recorded is in the journal, and the weights are on the disk."""
         shards = [self._hidden(shard.name) for shard in self._layout.shards]
-        with _named(self._out), ThreadPoolExecutor(1) as pool:
+        with _named(self.out), ThreadPoolExecutor(1) as pool:
             synced = pool.submit(_sync_all, shards)
             self._recorder.settle()
             synced.result()
@@ -183,9 +193,9 @@ class Writer:
         leaves a list of them, by which the next run tells its own files.
         """
         files = dict(sidecars)
-        if self._layout.weight_index is not None:
-            files[INDEX] = json.dumps(self._layout.weight_index, indent=2).encode() + b"\n"
-        with _named(self._out):
+        if (index := self._layout.index_file) is not None:
+            files[INDEX] = index
+        with _named(self.out):
             self._recorder.settle()
             self._open.clear()
             for name, data in files.items():
@@ -196,22 +206,27 @@ class Writer:
             last = SINGLE if self._layout.weight_index is None else INDEX
             names = [name for name in (*(shard.name for shard in self._layout.shards), *files) if name != last]
             names.sort(key=lambda name: name == CONFIG)  # loaders that take any *.safetensors still want a config
-            self._write(self._hidden(COMMIT), "\n".join([*names, last]).encode())
+            self._write(self._hidden(COMMIT), b"\0".join(map(os.fsencode, [*names, last])))
             system.sync(self._hidden(COMMIT))
-            os.rename(self._hidden(COMMIT), self._out / COMMIT)
-            system.sync(self._out)
+            os.rename(self._hidden(COMMIT), self.out / COMMIT)
+            system.sync(self.out)
             for name in names:
-                os.rename(self._hidden(name), self._out / name)
-            system.sync(self._out)
-            os.rename(self._hidden(last), self._out / last)
-            self._committed = True
-            system.sync(self._out)
+                os.rename(self._hidden(name), self.out / name)
+            system.sync(self.out)
+            with system.uninterrupted():
+                os.rename(self._hidden(last), self.out / last)
+                try:
+                    system.sync(self.out)
+                except OSError:
+                    os.rename(self.out / last, self._hidden(last))
+                    raise
+                self.committed = True
 
     def _file(self, shard: str) -> Descriptor:
         with self._opening:
             file = self._open.get(shard)
             if file is None:
-                with _named(self._out):
+                with _named(self.out):
                     file = Descriptor(os.open(self._hidden(shard), os.O_RDWR | system.FLAGS))
                 self._open[shard] = file
                 if len(self._open) > _KEPT_FILES:
@@ -220,29 +235,27 @@ class Writer:
 
     def _read_back(self, names: Sequence[str]) -> dict[str, str]:
         """The hashes of the bytes of tensors, as they lie in the files."""
-        hashes: dict[str, str] = {}
-        places = sorted([(*self._places[name], name) for name in names])
-        for shard, group in groupby(places, key=itemgetter(0)):
-            _, begins, ends, mine = zip(*group, strict=True)
-            found = hashes_of(self._hidden(shard), list(zip(begins, ends, strict=True)))
-            hashes |= zip(mine, found, strict=True)
+        hashes = {}
+        for name in names:
+            shard, begin, end = self._places[name]
+            hashes[name] = hash_in_file(self._hidden(shard), begin, end).hex()
         return hashes
 
     def _goes_on(self) -> bool:
         """Whether what an earlier run left is taken up; OutputError where it is of something else."""
         was, now = self._journal.plan, self._plan
-        whole = finished(self._out)  # where other outputs of the same merge are not
-        parts = any(name.startswith(LEFTOVER) and name.endswith(".part") for name in os.listdir(self._out))
-        if self._restart or not self._journal.whole or not (parts or whole) or (whole and was != now):
+        whole = finished(self.out)  # where other outputs of the same merge are not
+        parts = any(name.startswith(LEFTOVER) and name.endswith(".part") for name in os.listdir(self.out))
+        if self._restart or was is None or not self._begun or not (parts or whole) or (whole and was != now):
             return False
-        if was is None or now is None:
-            raise OutputError(f"{self._out} holds an unfinished merge: choose another folder, or delete it")
+        if now is None:
+            raise OutputError(f"{self.out} holds an unfinished merge: choose another folder, or delete it")
         if other := " and ".join(_differing(was, now)):
             raise OutputError(
-                f"{self._out} holds an unfinished merge with another {other}: run that again to go on with it, pass "
+                f"{self.out} holds an unfinished merge with another {other}: run that again to go on with it, pass "
                 "--restart to begin anew, or choose another folder"
             )
-        take_back(self._out, [shard.name for shard in self._layout.shards])
+        take_back(self.out, [shard.name for shard in self._layout.shards])
         return True
 
     def _remove_partial(self) -> None:
@@ -252,18 +265,18 @@ class Writer:
             self._hidden(shard).unlink(missing_ok=True)
 
     def _refuse_occupied(self) -> None:
-        there = [name for name in sorted(os.listdir(self._out)) if not name.startswith(LEFTOVER)]
+        there = [name for name in sorted(os.listdir(self.out)) if not name.startswith(LEFTOVER)]
         if there and not self._overwrite:
             held = ", ".join(there[:5])
-            raise OutputError(f"{self._out} is not empty ({held}): choose another folder, or pass --overwrite")
+            raise OutputError(f"{self.out} is not empty ({held}): choose another folder, or pass --overwrite")
 
     def _refuse_small(self) -> None:
         """The new files must fit beside what is there: an earlier output goes only once they are complete."""
         needed = sum(shard.size - self._allocated(shard) for shard in self._layout.shards)
-        disk = shutil.disk_usage(self._out)
+        disk = shutil.disk_usage(self.out)
         if disk.total and needed > disk.free:
             raise OutputError(
-                f"{self._out} needs {needed:,} bytes and its disk has {disk.free:,} left: free some, or write elsewhere"
+                f"{self.out} needs {needed:,} bytes and its disk has {disk.free:,} left: free some, or write elsewhere"
             )
 
     def _create(self, shard: Shard) -> None:
@@ -296,14 +309,14 @@ class Writer:
             _write_all(descriptor, data)
 
     def _hidden(self, name: str) -> Path:
-        return self._out / temporary(name)
+        return self.out / temporary(name)
 
     def _remove_stale(self) -> None:
         """An earlier output's files, those first that loaders begin with."""
-        names = [name for name in os.listdir(self._out) if is_sidecar(name) or _matches(name, _STALE)]
+        names = [name for name in os.listdir(self.out) if is_sidecar(name) or _matches(name, _STALE)]
         for name in sorted(names, key=lambda name: (name != CONFIG, not name.endswith(".index.json"), name)):
-            os.unlink(self._out / name)
-        system.sync(self._out)
+            os.unlink(self.out / name)
+        system.sync(self.out)
 
 
 class Descriptor(int):

@@ -111,6 +111,31 @@ ssize_t read(int file, void* to, size_t bytes) {
   return now == Now::Fail ? -1 : next(file, to, part(now, bytes));
 }
 
+#define READS(name, offset)                                              \
+  ssize_t name(int file, void* to, size_t bytes, offset at) {            \
+    static const auto next = real(#name, name);                          \
+    const Now now = meets("pread", file);                                \
+    return now == Now::Fail ? -1 : next(file, to, part(now, bytes), at); \
+  }
+READS(pread, off_t)
+READS(pread64, off64_t)
+
+// A short one fills half of the first part.
+#define READS_PARTS(name, offset, ...)                                                          \
+  ssize_t name(int file, const iovec* to, int parts, offset at __VA_OPT__(, int) __VA_ARGS__) { \
+    static const auto next = real(#name, name);                                                 \
+    const Now now = meets("pread", file);                                                       \
+    if (now == Now::Fail) return -1;                                                            \
+    iovec first = parts ? *to : iovec{};                                                        \
+    first.iov_len = part(now, first.iov_len);                                                   \
+    return now == Now::Short && parts ? next(file, &first, 1, at __VA_OPT__(, ) __VA_ARGS__)    \
+                                      : next(file, to, parts, at __VA_OPT__(, ) __VA_ARGS__);   \
+  }
+READS_PARTS(preadv, off_t)
+READS_PARTS(preadv64, off64_t)
+READS_PARTS(preadv2, off_t, flags)
+READS_PARTS(preadv64v2, off64_t, flags)
+
 int fsync(int file) {
   static const auto next = real("fsync", fsync);
   return meets("fsync", file) == Now::Fail ? -1 : next(file);
