@@ -13,11 +13,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import backends, memory, provenance
+from . import backends, provenance
 from .batches import BATCH_BYTES, Reader, in_batches
 from .checkpoint import Checkpoint, Writer, lay_out, open_checkpoint, same_bytes
-from .checkpoint.hashing import PIECE, hash_of
-from .checkpoint.header import open_regular, read_small
+from .checkpoint.hashing import hash_of
+from .checkpoint.header import read_small
 from .errors import CheckpointError
 from .measures import model_cuts
 from .pieces import Room
@@ -147,7 +147,7 @@ def _damaged(
     done = 0
     pool = ThreadPoolExecutor(threads)
     try:
-        for name, digest in zip(names, pool.map(lambda name: _hash(held, name), names), strict=True):
+        for name, digest in zip(names, pool.map(held.hash_of, names), strict=True):
             done += held.tensors[name].nbytes
             if progress:
                 progress(done, total)
@@ -158,23 +158,6 @@ def _damaged(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _hash(held: Checkpoint, name: str) -> str:
-    info = held.tensors[name]
-    room = memoryview(bytearray(min(info.nbytes, _READ)))
-
-    def parts(file: int) -> Iterator[memoryview]:
-        for begin in range(info.begin, info.end, _READ):
-            part = room[: min(_READ, info.end - begin)]
-            memory.load(file, begin, part)
-            yield part
-
-    with open_regular(held.file_of(name)) as file:
-        return hash_of(parts(file.fileno())).hex()
-
-
-_READ = 32 * PIECE  # bytes read and hashed at a time, which stay in the cache
 
 
 def _place(held: Checkpoint, name: str) -> tuple[str, str, int, int]:

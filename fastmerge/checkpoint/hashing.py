@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import importlib
-import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path
 
 import xxhash
 
@@ -26,25 +24,21 @@ def hash_of(parts: Iterable[memoryview]) -> bytes:
     return digest(b"".join([digest(part[at : at + PIECE]) for part in parts for at in range(0, len(part), PIECE)]))
 
 
-def hash_in_file(path: Path, begin: int, end: int) -> bytes:
-    """The hash of what lies in [begin, end) of a file; OSError where that is shorter, or cannot be read."""
+def hash_in_file(file: int, begin: int, end: int) -> bytes:
+    """The hash of what lies in [begin, end) of an open file; OSError where that is shorter, or cannot be read."""
     room = memoryview(bytearray(min(end - begin, _READ)))
 
-    def parts(file: int) -> Iterator[memoryview]:
+    def parts() -> Iterator[memoryview]:
         for at in range(begin, end, _READ):
             part = room[: min(_READ, end - at)]
             filled = 0
             while filled < len(part):
-                if not (read := system.read_at(file, part[filled:], at + filled)):
-                    raise OSError(errno.EIO, "it is shorter than it was", str(path))
-                filled += read
+                if not (count := system.read_at(file, part[filled:], at + filled)):
+                    raise OSError(errno.EIO, "it became shorter")
+                filled += count
             yield part
 
-    file = os.open(path, os.O_RDONLY | system.FLAGS | system.NO_LINK)
-    try:
-        return hash_of(parts(file))
-    finally:
-        os.close(file)
+    return hash_of(parts())
 
 
 _READ = 32 * PIECE  # bytes read and hashed at a time, which stay in the cache

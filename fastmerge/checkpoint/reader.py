@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from .. import system
 from ..errors import CheckpointError, FastmergeWarning
+from .hashing import hash_in_file
 from .header import (
     CONVERT,
     DEEPEST,
@@ -65,6 +66,12 @@ class Checkpoint:
     def file_of(self, tensor: str) -> Path:
         """The file that holds a tensor; KeyError when none does."""
         return self._file_of[tensor]
+
+    def hash_of(self, name: str) -> str:
+        """The hash of a tensor's bytes, as records have it, read from its file."""
+        info = self.tensors[name]
+        with open_regular(self.file_of(name)) as file:
+            return hash_in_file(file.fileno(), info.begin, info.end).hex()
 
     def address(self, tensor: str) -> tuple[int, object]:
         """The address of a tensor's first byte, and the owner that keeps it mapped while referenced.

@@ -238,7 +238,7 @@ class Writer:
         hashes = {}
         for name in names:
             shard, begin, end = self._places[name]
-            hashes[name] = hash_in_file(self._hidden(shard), begin, end).hex()
+            hashes[name] = hash_in_file(self._file(shard), begin, end).hex()
         return hashes
 
     def _goes_on(self) -> bool:
