@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import backends, memory
-from .checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, open_checkpoint
+from .checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, naming_what_changed, open_checkpoint
 from .checkpoint.header import open_regular
-from .errors import CheckpointError
 from .lora.fusing import recipe_of
 from .planner import plan
 from .sources.lora import Adapted
@@ -157,17 +156,14 @@ def diff(
     workers = 1 if any(isinstance(model, Adapted) for model in models) else threads or backends.threads()
     pool = ThreadPoolExecutor(workers)
     try:
-        for name, sums in zip(fits, pool.map(lambda name: _compared(name, one, two, *origin), fits), strict=True):
-            infos = one.tensors[name], two.tensors[name]
-            found.append(_difference(name, infos, sums))
-            total.add(sums)
-            done += infos[0].nbytes + infos[1].nbytes
-            if progress:
-                progress(done, total_bytes)
-    except CheckpointError:
-        for model in models:
-            model.check_unchanged()  # which knows the file
-        raise
+        with naming_what_changed(*models):
+            for name, sums in zip(fits, pool.map(lambda name: _compared(name, one, two, *origin), fits), strict=True):
+                infos = one.tensors[name], two.tensors[name]
+                found.append(_difference(name, infos, sums))
+                total.add(sums)
+                done += infos[0].nbytes + infos[1].nbytes
+                if progress:
+                    progress(done, total_bytes)
     finally:
         pool.shutdown(cancel_futures=True)
     return Comparison(

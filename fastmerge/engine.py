@@ -19,10 +19,20 @@ from typing import Any
 
 from . import backends, cards, provenance
 from .batches import BATCH_BYTES, Reader, in_batches
-from .checkpoint import DTYPE_BITS, STAGES, Checkpoint, Writer, hashing, open_checkpoint, same_bytes, sidecars
+from .checkpoint import (
+    DTYPE_BITS,
+    STAGES,
+    Checkpoint,
+    Writer,
+    hashing,
+    naming_what_changed,
+    open_checkpoint,
+    same_bytes,
+    sidecars,
+)
 from .checkpoint.folder import left_in
 from .choice import Choice
-from .errors import BackendError, CheckpointError, FastmergeError, FastmergeWarning, NonFiniteError, OutputError
+from .errors import BackendError, FastmergeError, FastmergeWarning, NonFiniteError, OutputError
 from .health import Checkup, Health
 from .identity import identity, packages
 from .measures import Cuts, model_cuts
@@ -327,7 +337,7 @@ def _run(stage: Stage, written: Mapping[str | None, Checkpoint], outputs: Mappin
     overflown: dict[str, dict[str, int]] = {name: {} for name in outputs}
     writers = list(outputs.values())
     jobs = list(_left(stage, outputs, overflown, work))
-    try:
+    with naming_what_changed(*models):
         reader = Reader(models, work.propagate)
         checkup = Checkup(stage, reader)
         cuts = model_cuts(stage, reader, work.choice.backend, work.worked, work.run) if jobs else {}
@@ -343,9 +353,6 @@ def _run(stage: Stage, written: Mapping[str | None, Checkpoint], outputs: Mappin
                     if count:
                         elements[job.name] = count
         health = checkup.health(overflown)
-    except CheckpointError:
-        _check_unchanged(models)  # which knows the file
-        raise
     _check_unchanged(models)
     for name, elements in overflown.items():
         _warn_of_overflow(stage, name, elements)

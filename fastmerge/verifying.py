@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from . import backends, provenance
 from .batches import BATCH_BYTES, Reader, in_batches
-from .checkpoint import Checkpoint, Writer, lay_out, open_checkpoint, same_bytes
+from .checkpoint import Checkpoint, Writer, lay_out, naming_what_changed, open_checkpoint, same_bytes
 from .checkpoint.hashing import hash_of
 from .checkpoint.header import read_small
 from .errors import CheckpointError
@@ -153,9 +153,6 @@ def _damaged(
                 progress(done, total)
             if digest != record.tensors[name].hash:
                 yield Wrong(f"tensor {name!r} has other bytes than were written", *_place(held, name))
-    except CheckpointError:
-        held.check_unchanged()  # which knows the file
-        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -256,7 +253,8 @@ def _merged(made: Plan, names: set[str], folder: Path, propagate: bool, threads:
         models = [opened(model, written) for model in stage.models]
         place = folder / str(number)
         jobs = [job for job in stage.jobs if job.name in asked[stage.name]]
-        _merge(stage, jobs, Reader(models, propagate), place, Run(threads))
+        with naming_what_changed(*models):
+            _merge(stage, jobs, Reader(models, propagate), place, Run(threads))
         written[stage.name] = open_checkpoint(place)
     return written[made.stages[-1].name]
 

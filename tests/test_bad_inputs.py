@@ -1000,10 +1000,11 @@ def test_what_comes_of_it(at: Case, capsys: pytest.CaptureFixture[str], monkeypa
 
 # --- inputs that are cut, and tensors that are long ---
 
-#: The command line, where a file is cut as soon as anything of it is mapped, or before anything is read.
+#: The command line, where a file is cut as soon as anything is mapped, or before bytes of it are read or hashed.
 CUT = """
 import os, sys
 from fastmerge import memory, system
+from fastmerge.checkpoint import reader
 cut = sys.argv.pop(1)
 def cutting(function, first):
     def wrapped(*arguments):
@@ -1015,6 +1016,8 @@ def cutting(function, first):
     return wrapped
 system.map_file = cutting(system.map_file, first=False)
 memory.load = cutting(memory.load, first=True)
+if "--recompute" not in sys.argv:  # whose inputs are to be cut later
+    reader.hash_in_file = cutting(reader.hash_in_file, first=True)
 from fastmerge.cli import main
 main(prog_name="fastmerge")
 """

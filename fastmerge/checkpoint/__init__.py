@@ -3,7 +3,16 @@
 from .folder import STAGES
 from .header import DTYPE_BITS, Header, TensorInfo, encode_header, read_header
 from .layout import Layout, Shard, lay_out
-from .reader import INDEX, SINGLE, Checkpoint, no_model, open_checkpoint, same_bytes, shards_named
+from .reader import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    naming_what_changed,
+    no_model,
+    open_checkpoint,
+    same_bytes,
+    shards_named,
+)
 from .sidecars import CARD, CONFIG, COPIED, GENERATION, sidecars, tokenizer_files
 from .writer import Descriptor, Writer
 
@@ -25,6 +34,7 @@ __all__ = [
     "Writer",
     "encode_header",
     "lay_out",
+    "naming_what_changed",
     "no_model",
     "open_checkpoint",
     "read_header",

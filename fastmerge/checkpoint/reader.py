@@ -8,7 +8,8 @@ import re
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,18 @@ def open_checkpoint(path: str | Path, *, name: str | None = None, commit: str | 
     if path.suffix in _PICKLES:
         raise CheckpointError(f"{path} is a PyTorch checkpoint: {CONVERT}")
     return Checkpoint(name, path, path.parent, {path: _open(path)}, commit)
+
+
+@contextmanager
+def naming_what_changed(*models: Checkpoint) -> Iterator[None]:
+    """A CheckpointError in here, where a file of these models was cut, names the file: what reads mapped memory knows
+    no names."""
+    try:
+        yield
+    except CheckpointError:
+        for model in models:
+            model.check_unchanged()
+        raise
 
 
 def same_bytes(one: Checkpoint, tensor: str, two: Checkpoint, other: str, *, start_only: bool = False) -> bool:

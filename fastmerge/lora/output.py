@@ -9,8 +9,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +19,7 @@ from numpy.typing import NDArray
 
 from .. import memory, system
 from ..cards import code, heading
-from ..checkpoint import CARD, DTYPE_BITS, SINGLE, Checkpoint, Layout, Writer, lay_out
-from ..errors import CheckpointError
+from ..checkpoint import CARD, DTYPE_BITS, SINGLE, Checkpoint, Layout, Writer, lay_out, naming_what_changed
 from ..marked import printable
 from ..sources.adapter import CONFIG, WEIGHTS
 from ..sources.lora import Adapted, widened
@@ -218,26 +216,16 @@ def read(model: Checkpoint, tensor: str, first: int = 0, count: int | None = Non
     count = rows - first if count is None else min(count, rows - first)
     if isinstance(model, Adapted) and model.computed(tensor):
         made = np.empty((count, width), np.float64 if info.dtype == "F64" else np.float32)
-        with _naming(model):
+        with naming_what_changed(model):
             model.fill(tensor, first, made)
         return made
     pitch = width * DTYPE_BITS[info.dtype] // 8
     raw = np.empty(count * pitch, np.uint8)
     address, owner = model.address(tensor)
-    with _naming(model):
+    with naming_what_changed(model):
         memory.read(address + first * pitch, raw.data)
     del owner  # it was mapped until here
     return widened(raw, info.dtype).reshape(count, width)
-
-
-@contextmanager
-def _naming(model: Checkpoint) -> Iterator[None]:
-    """A file that is cut while it is read is named."""
-    try:
-        yield
-    except CheckpointError:
-        model.check_unchanged()  # which knows the file
-        raise
 
 
 _BLOCK = 1 << 20  # bytes or elements at a time
@@ -261,7 +249,7 @@ def _store(tensor: _Tensor, offset: int, file: int) -> None:
     raw = np.empty(min(_BLOCK, nbytes), np.uint8)
     for begin in range(0, nbytes, _BLOCK):
         part = raw[: min(_BLOCK, nbytes - begin)]
-        with _naming(model):
+        with naming_what_changed(model):
             memory.read(address + begin, part.data)
         memory.write(part.data, offset + begin, file)
     del owner  # it was mapped until here
