@@ -13,7 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # The colours of Okabe and Ito. Text stays text, which is small, can be searched, and differs where a figure does.
-_TOOLS = {"fastmerge": "#0072B2", "eager torch": "#009E73", "torch.compile": "#CC79A7", "mergekit": "#E69F00"}
+_TOOLS = {
+    "fastmerge": "#0072B2",
+    "eager torch": "#009E73",
+    "torch.compile": "#CC79A7",
+    "mergekit": "#E69F00",
+    "PEFT": "#D55E00",
+    "merging anew": "#8C8C8C",
+}
 _METHODS = {
     "linear": ("#0072B2", "o"),
     "task_arithmetic": ("#E69F00", "s"),
@@ -70,7 +77,11 @@ def tool(peer: str) -> str:
 
 
 def times(ratio: float) -> str:
-    return f"{ratio:.2g} x" if ratio < 10 else f"{ratio:.0f} x"
+    return f"{_round(ratio)} x"
+
+
+def _round(number: float) -> str:
+    return f"{number:.2g}" if number < 10 else f"{number:,.0f}"
 
 
 def order(method: str) -> int:
@@ -93,13 +104,16 @@ def shares(rows: Sequence[Any], names: Sequence[str]) -> Figure:
     return figure
 
 
-def seconds(rows: Sequence[Any]) -> Figure:
-    """Ours and a peer's seconds, with how many times as fast we are."""
-    figure, axes = _bars([row.method for row in rows], 1.7)
+def seconds(rows: Sequence[Any], names: Sequence[str], each: str = "") -> Figure:
+    """Ours and a peer's seconds, with how many times as fast we are; `each`: what they are the seconds of."""
+    figure, axes = _bars(names, 1.7)
     ours, theirs = [row.seconds for row in rows], [row.peer_seconds for row in rows]
-    told = [f"{row.seconds:.1f} s, {row.times.median:.0f} times as fast" for row in rows]
+    told = [
+        f"{row.seconds:{'.1f' if row.seconds >= 1 else '.2g'}} s, {_round(row.times.median)} times as fast"
+        for row in rows
+    ]
     _two(axes, rows, (ours, told), (theirs, [f"{each:.3g} s" for each in theirs]))
-    axes.set_xlabel("seconds, log scale")
+    axes.set_xlabel(f"seconds{each}, log scale")
     _legend(figure, axes)
     return figure
 

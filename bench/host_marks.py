@@ -9,6 +9,9 @@ TINY_MICROSECONDS = 2  # what a tiny tensor may cost
 SIZES = ("mlp", "embedding", "attention", "8M", "4M", "4M-shifted", "1M")  # the cases of 1 to 60 M elements
 _EVERY = ("linear", "task_arithmetic", "slerp", "passthrough", "dare_linear", "dare_ties", "ties")
 _DARE = ("dare_linear", "dare_ties")
+LORA = ("fuse", "combine", "extract")
+WHOLE = ", whole process"  # after a method's name: the peer's imports and loading are counted, too
+SVD = ("svd", "magnitude_prune_svd", "ties_svd", "dare_linear_svd")  # what of PEFT's types ends in its svd
 
 
 class Figure(NamedTuple):
@@ -87,6 +90,11 @@ def _times(row: Any) -> Figure | None:
     return row.times
 
 
+def _anonymous(row: Any) -> Figure | None:
+    """MB beside 8 a thread."""
+    return None if row.anonymous_mb is None else Figure(row.anonymous_mb - 8 * row.threads)
+
+
 def _against(peer: str) -> Callable[[Any], bool]:
     return lambda row: row.peer.startswith(peer) and _large(row)
 
@@ -153,7 +161,7 @@ MARKS = {
             "anonymous memory of any merge beside 8 MB a thread, MB",
             200,
             True,
-            lambda row: None if row.anonymous_mb is None else Figure(row.anonymous_mb - 8 * row.threads),
+            lambda row: None if row.op in LORA else _anonymous(row),
         ),
         Mark(
             "a merge of the size of a LoRA (50 MB), seconds",
@@ -224,6 +232,38 @@ MARKS = {
             True,
             lambda row: Figure(1e6 * row.seconds) if row.op == "scale" and row.case == "tensors" else None,
             10,
+        ),
+    ),
+    "make bench OP=session": (
+        Mark(
+            "a session's candidate, 100 M parameters or more, ties: times as fast as a merge to disk and back",
+            20,
+            False,
+            _of("session", ("ties",), _times, lambda row: row.at >= 1e8 and row.against.endswith("to disk and back")),
+            3,
+        ),
+    ),
+    "make bench OP=fuse,combine,extract": (
+        *(
+            Mark(
+                f"lora {name}, a whole process: times as fast as PEFT's {peer}",
+                goal,
+                False,
+                _of(op, tuple(f"{method}{variant}" for method in methods), _times),
+                len(methods),
+            )
+            for op, name, methods, goal, peers in (
+                ("fuse", "fuse", ("merge_and_unload",), 5, ("load, merge_and_unload and save", "whole process")),
+                ("combine", "combine by svd", SVD, 20, ("add_weighted_adapter alone", "whole process")),
+            )
+            for variant, peer in zip(("", WHOLE), peers, strict=True)
+        ),
+        Mark(
+            "lora fuse, combine, extract: anonymous memory beside 8 MB a thread, MB",
+            200,
+            True,
+            lambda row: _anonymous(row) if row.op in LORA and not row.method.endswith(WHOLE) else None,
+            7,
         ),
     ),
 }

@@ -33,6 +33,13 @@ _TEXTS = (
 )
 _KEY = ("op", "case", "method", "dtype", "provider", "threads", "isa", "cpu", "peer", "at")
 _OPS = ("merge", "whole", "gram", "norms", "threshold")
+#: What the candidates of a session are, by case.
+_CANDIDATES = {
+    "one": "one by one",
+    "one-anew": "one by one, in memory",
+    "weights": "8 at once",
+    "lambdas": "8 at once, lambda alone",
+}
 
 
 class Row(NamedTuple("Row", [(name, Any) for name in (*_TEXTS, *_NUMBERS, "share", "times")])):
@@ -103,9 +110,14 @@ def _chosen(path: Path) -> list[Row]:
     settings: dict[tuple[Any, ...], list[Row]] = {}
     for row in newest.values():
         if row.cpu == last.cpu:
-            settings.setdefault((row.isa, row.threads, row.dtype), []).append(row)
+            settings.setdefault(_settings(row), []).append(row)
     most = max(settings.values(), key=lambda own: (len(own), max(row.run for row in own)))
     return sorted(most, key=_place)
+
+
+def _settings(row: Row) -> tuple[Any, ...]:
+    """Adapters have a dtype of their own: they stand with the models that they are for."""
+    return row.isa, row.threads, "BF16" if row.op in host_marks.LORA else row.dtype
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -169,7 +181,10 @@ def _sections(rows: Sequence[Row]) -> Iterator[Section]:
         "(fsync), mergekit does not.",
         "make bench OP=mergekit PARAMS=1.1e9",
         merged,
-        {"speed.svg": figures.seconds, "memory.svg": figures.memory},
+        {
+            "speed.svg": lambda rows: figures.seconds(rows, [row.method for row in rows]),
+            "memory.svg": figures.memory,
+        },
         _beside_mergekit,
     )
     yield Section(
@@ -213,6 +228,35 @@ def _sections(rows: Sequence[Row]) -> Iterator[Section]:
         scaled("tensors"),
         {"tensors.svg": lambda rows: figures.overheads(rows, list(map(_tiny, rows)), host_marks.TINY_MICROSECONDS)},
         _overheads,
+    )
+    most = max((row.at for row in own("session")), default=0)
+    adapted = [row for op in host_marks.LORA for row in largest(op)]
+    yield Section(
+        "A session's candidates",
+        "A session keeps three models and a base (slerp: two models) in memory and gives them merged with other "
+        "settings, into tensors that are there: with other weights or another t, or with another lambda alone. The "
+        "seconds are those of one candidate. What is measured once (thresholds, inner products) and reading the models "
+        "beforehand are not counted. Merging anew is `fastmerge.merge` from disk to disk, fsync included, and loading "
+        "its output, which is what the mark is about; *in memory* it is `merge_state_dicts`. The ceiling is the barest "
+        "loop that reads each model once and writes the candidates of one call.",
+        "make bench OP=session",
+        sorted((row for row in own("session") if row.at == most), key=_by_candidates),
+        {"session.svg": lambda rows: figures.seconds(rows, list(map(_candidates, rows)), " a candidate")},
+        _of_sessions,
+    )
+    yield Section(
+        "LoRA, beside PEFT",
+        "`fastmerge lora` from disk to disk: whole processes with start-up and fsync, their median. PEFT ran once. "
+        f"*{host_marks.WHOLE.removeprefix(', ')}*: all of its process, too, which imports, loads the base, computes "
+        "and saves. The other rows leave its imports out of fusing (loading the base, merge_and_unload and saving are "
+        "counted), and have add_weighted_adapter alone for combining, the model and both adapters loaded and nothing "
+        "saved; the figure has these. Memory is the peak of the whole process on both sides. Ours combines without "
+        "the base, which PEFT has to load; the parameters beside combine and extract are those that the adapters "
+        "change, of one layer. PEFT has nothing like extract.",
+        f"make bench OP={','.join(host_marks.LORA)}",
+        adapted,
+        {"lora.svg": _beside_peft} if any(row.peer for row in adapted) else {},
+        _of_adapters,
     )
     yield Section(
         "Accuracy beside speed",
@@ -262,7 +306,7 @@ def _of_the_ceiling(names: Sequence[str], rows: Sequence[Row]) -> list[Sequence[
                 f"{row.seconds:.4g}",
                 f"{row.gbps:.1f}",
                 f"{row.ceiling_gbps:.1f}",
-                f"{row.share.median:.0%} ({row.share.low:.0%} to {row.share.high:.0%})",
+                _share(row),
                 "" if row.processors is None else f"{row.processors:.1f}",
                 f"{figures.times(row.times.median)} {row.against}" if row.times else "",
                 _ulp(row.error_ulp),
@@ -270,6 +314,10 @@ def _of_the_ceiling(names: Sequence[str], rows: Sequence[Row]) -> list[Sequence[
             for row in rows
         ),
     ]
+
+
+def _share(row: Row) -> str:
+    return f"{row.share.median:.0%} ({row.share.low:.0%} to {row.share.high:.0%})"
 
 
 def _beside_peers(rows: Sequence[Row]) -> list[Sequence[str]]:
@@ -314,6 +362,65 @@ def _overheads(rows: Sequence[Row]) -> list[Sequence[str]]:
 
 def _tiny(row: Row) -> str:
     return row.method.removesuffix(", overhead per tensor")
+
+
+def _of_sessions(rows: Sequence[Row]) -> list[Sequence[str]]:
+    headings = ("method", "candidates", "parameters", "seconds each", "anew", "times as fast", "as", "GB/s", "ceiling")
+    return [
+        (*headings, "share (quartiles)", "processors"),
+        *(
+            (
+                row.method,
+                _CANDIDATES[row.case],
+                f"{row.at / 1e6:.0f} M",
+                f"{row.seconds:.3g}",
+                f"{row.peer_seconds:.3g}",
+                str(row.times),
+                row.against.removeprefix("as fast as "),
+                f"{row.gbps:.1f}",
+                f"{row.ceiling_gbps:.1f}",
+                _share(row),
+                f"{row.processors:.1f}",
+            )
+            for row in rows
+        ),
+    ]
+
+
+def _candidates(row: Row) -> str:
+    return f"{row.method}, {_CANDIDATES[row.case]}"
+
+
+def _by_candidates(row: Row) -> tuple[int, int]:
+    return figures.order(row.method), list(_CANDIDATES).index(row.case)
+
+
+def _of_adapters(rows: Sequence[Row]) -> list[Sequence[str]]:
+    return [
+        ("", "", "parameters", "seconds", "peer", "its", "times as fast", "MB anonymous", "its", "ulp", "its"),
+        *(
+            (
+                row.op,
+                row.method,
+                row.case,
+                f"{row.seconds:.3g}",
+                row.peer,
+                "" if row.peer_seconds is None else f"{row.peer_seconds:.3g}",
+                str(row.times or ""),
+                f"{row.anonymous_mb:,.0f}",
+                "" if row.peer_anonymous_mb is None else f"{row.peer_anonymous_mb:,.0f}",
+                _ulp(row.error_ulp),
+                _ulp(row.peer_error_ulp),
+            )
+            for row in rows
+        ),
+    ]
+
+
+def _beside_peft(rows: Sequence[Row]) -> Any:
+    """Those that have a peer; of both countings that which favours it."""
+    beside = [row for row in rows if row.peer and not row.method.endswith(host_marks.WHOLE)]
+    return figures.seconds(beside, [f"{row.op}, {row.method}" for row in beside])
 
 
 def _accuracy(rows: Sequence[Row]) -> list[Sequence[str]]:

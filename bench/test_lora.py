@@ -1,4 +1,4 @@
-"""LoRA from disk to disk: adapters fused and combined, as processes, against PEFT's merge_and_unload and its svd."""
+"""LoRA from disk to disk: adapters fused, combined and extracted, as processes, against PEFT where it does the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ratio, Row
+from host_marks import SVD, WHOLE
 from safetensors.torch import load_file, save_file
 
 from fastmerge.checkpoint import open_checkpoint
@@ -27,21 +28,23 @@ from fastmerge.sweep import Run
 
 _RANK, _ALPHA = 16, 32
 _WEIGHTS, _DENSITY = (0.7, 0.5), 0.5
-_METHODS = ("cat", "svd", "magnitude_prune_svd", "ties_svd", "dare_linear_svd")
+_METHODS = ("cat", *SVD)
 _MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MODULES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_LAYERS = 1  # of the adapters that are combined or extracted: an svd of PEFT's takes seconds for each module
 _PREFIX = "base_model.model."
 _LOOKED_AT = disk.LOOKED_AT.removesuffix(".weight")
 
 
 class Case(NamedTuple):
-    """A base and two adapters of it."""
+    """A base, an adapter of all its layers and two of the first alone."""
 
     folder: Path
     base: Path
-    adapters: tuple[Path, Path]
     parameters: int
-    nbytes: int  # of one adapter's weights
+    adapter: Path
+    few: tuple[Path, Path]
+    changed: int  # parameters of the base to which these two add
 
 
 class Peer(NamedTuple):
@@ -58,27 +61,35 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
         models = disk.write_llamas(Path(folder), request.config.getoption("params"))
         for unused in models.tuned:
             shutil.rmtree(unused)
-        one, two = (_write_adapter(Path(folder, f"adapter-{seed}"), models.base, seed) for seed in (1, 2))
-        nbytes = (one / "adapter_model.safetensors").stat().st_size
-        yield Case(Path(folder), models.base, (one, two), models.parameters, nbytes)
+        adapters = [Path(folder, name) for name in ("adapter", "one", "two")]
+        changed = [_write_adapter(place, models.base, seed, bool(seed)) for seed, place in enumerate(adapters)]
+        adapter, *few = adapters
+        yield Case(Path(folder), models.base, models.parameters, adapter, (few[0], few[1]), changed[-1])
 
 
-def _write_adapter(place: Path, base: Path, seed: int) -> Path:
-    """An adapter of all linear layers, in float32 as PEFT trains it."""
+def _write_adapter(place: Path, base: Path, seed: int, few: bool) -> int:
+    """An adapter of the linear modules of all layers or of a few, in float32 as PEFT trains it.
+
+    Returns how many parameters it changes.
+    """
     place.mkdir()
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
-    for name, info in open_checkpoint(base).tensors.items():
-        module = name.removesuffix(".weight")
-        if module.endswith(_MODULES):
-            out, inputs = info.shape
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = torch.randn(_RANK, inputs, generator=generator) / inputs**0.5
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = torch.randn(out, _RANK, generator=generator) * 1e-2
+    shapes = {
+        module: info.shape
+        for name, info in open_checkpoint(base).tensors.items()
+        if (module := name.removesuffix(".weight")).endswith(_MODULES)
+        and not (few and int(module.split(".")[2]) >= _LAYERS)
+    }
+    for module, (out, inputs) in shapes.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = torch.randn(_RANK, inputs, generator=generator) / inputs**0.5
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = torch.randn(out, _RANK, generator=generator) * 1e-2
     save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
     names = sorted({module.rpartition(".")[2] for module in _MODULES})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": _RANK, "lora_alpha": _ALPHA, "target_modules": names}
-    (place / "adapter_config.json").write_text(json.dumps(config))
-    return place
+    layers = {"layers_to_transform": list(range(_LAYERS))} if few else {}
+    (place / "adapter_config.json").write_text(json.dumps(config | layers))
+    return sum(out * inputs for out, inputs in shapes.values())
 
 
 @pytest.mark.parametrize("op", ["fuse"])
@@ -86,25 +97,20 @@ def test_fused_against_merge_and_unload(
     op: str, case: Case, run: Run, record: Callable[[Row], None], benchmark: Any, request: pytest.FixtureRequest
 ) -> None:
     out, theirs = case.folder / "fused", case.folder / "fused-by-peft"
-    ours = [_command(), "lora", "fuse", str(case.base), str(case.adapters[0]), str(out), "--backend", "cpu"]
+    ours = [_command(), "lora", "fuse", str(case.base), str(case.adapter), str(out), "--backend", "cpu"]
     ours += ["--threads", str(run.threads)]
-    children = [disk.alone(ours, out, keep=True)]
+    disk.alone(ours, out, keep=True)
     error, peer_error = _ulps(case, out), None
-    peer = _peer(run, "fuse", case.base, case.adapters[0], theirs)
+    peer = _peer(run, "fuse", case.base, case.adapter, theirs)
     if peer is not None:
         peer_error = _ulps(case, theirs)
         shutil.rmtree(theirs)
-    rounds = max(3, request.config.getoption("rounds") // 3)
-    benchmark.pedantic(
-        lambda: children.append(disk.run_child(ours)), setup=lambda: disk.settle(out), rounds=rounds, warmup_rounds=1
-    )
-    children = children[-rounds:]
-    nbytes = 4 * case.parameters + case.nbytes
-    row = _row(op, case, "merge_and_unload", nbytes, children, peer, disk.peaks(children, run), error, peer_error)
-    record(row)
-    if peer is not None:
-        times = Ratio.of([peer.child.seconds] * rounds, [child.seconds for child in children])
-        record(row._replace(method="the same with imports", times=times, peer_seconds=peer.child.seconds))
+    children = _measured(ours, out, benchmark, request)
+    disk.peaks(children, run)
+    nbytes = 4 * case.parameters + _nbytes(case.adapter)
+    row = _row(op, case.parameters, "merge_and_unload", "BF16", nbytes, children)
+    for each in _beside(row._replace(error_ulp=error, peer_error_ulp=peer_error), children, peer):
+        record(each)
 
 
 @pytest.mark.parametrize("op", ["combine"])
@@ -119,12 +125,12 @@ def test_combined_against_weighted_adapters(
     request: pytest.FixtureRequest,
 ) -> None:
     out, theirs = case.folder / "both", case.folder / "both-by-peft"
-    ours = [_command(), "lora", "combine", *map(str, case.adapters), str(out), "--method", method]
+    ours = [_command(), "lora", "combine", *map(str, case.few), str(out), "--method", method]
     ours += [f"--weights={','.join(map(str, _WEIGHTS))}", "--threads", str(run.threads)]
     ours += [] if method in ("cat", "svd") else ["--density", str(_DENSITY)]
-    children = [disk.alone(ours, out, keep=True)]
+    disk.alone(ours, out, keep=True)
     found = _delta(out)
-    peer = _peer(run, method, case.base, *case.adapters, theirs, _DENSITY)
+    peer = _peer(run, method, case.base, *case.few, theirs, _DENSITY)
     if peer is not None and not method.startswith("dare"):  # whose drops are others
         expected = _delta(theirs / "both")
         apart = np.linalg.norm(found - expected) / np.linalg.norm(expected)
@@ -132,52 +138,73 @@ def test_combined_against_weighted_adapters(
         assert apart <= (2**-7 if method == "cat" else 1e-4), "not the product that PEFT has"
     if peer is not None:
         shutil.rmtree(theirs)
+    children = _measured(ours, out, benchmark, request)
+    row = _row(op, case.changed, method, "F32", 2 * _nbytes(case.few[0]) + _nbytes(out), children)
+    for each in _beside(row, children, peer):
+        record(each)
+
+
+@pytest.mark.parametrize("op", ["extract"])
+def test_extracted(
+    op: str, case: Case, record: Callable[[Row], None], benchmark: Any, request: pytest.FixtureRequest
+) -> None:
+    """Out of a model that an adapter was fused into, and that differs from it by rounding to bf16."""
+    tuned, out = case.folder / "tuned", case.folder / "extracted"
+    disk.run_child([_command(), "lora", "fuse", str(case.base), str(case.few[0]), str(tuned)])
+    ours = [_command(), "lora", "extract", str(case.base), str(tuned), str(out), "--rank", str(_RANK)]
+    disk.alone(ours, out, keep=True)
+    before, after = (load_file(each / "model.safetensors")[disk.LOOKED_AT].double() for each in (case.base, tuned))
+    delta = (after - before).numpy()
+    apart, rounded = (np.linalg.norm(delta - _delta(adapter)) for adapter in (out, case.few[0]))
+    assert apart <= 1.1 * rounded, "further from the fine-tune than the adapter that was fused"
+    children = _measured(ours, out, benchmark, request)
+    record(_row(op, case.changed, f"rank {_RANK}", "BF16", 4 * case.parameters + _nbytes(out), children))
+
+
+def _nbytes(adapter: Path) -> int:
+    return (adapter / "adapter_model.safetensors").stat().st_size
+
+
+def _measured(command: list[str], out: Path, benchmark: Any, request: pytest.FixtureRequest) -> list[disk.Child]:
+    """Processes one after another, each on a disk at rest."""
     rounds = max(3, request.config.getoption("rounds") // 3)
+    children: list[disk.Child] = []
     benchmark.pedantic(
-        lambda: children.append(disk.run_child(ours)), setup=lambda: disk.settle(out), rounds=rounds, warmup_rounds=1
+        lambda: children.append(disk.run_child(command)), setup=lambda: disk.settle(out), rounds=rounds, warmup_rounds=1
     )
-    children = children[-rounds:]
-    peaks = {
-        "anonymous_mb": max(child.anonymous_mb for child in children),
-        "resident_mb": max(child.resident_mb for child in children),
-    }
-    record(_row(op, case, method, 3 * case.nbytes, children, peer, peaks, None, None))
+    return children[-rounds:]
 
 
-def _row(
-    op: str,
-    case: Case,
-    method: str,
-    nbytes: int,
-    children: list[disk.Child],
-    peer: Peer | None,
-    peaks: Mapping[str, float],
-    error: float | None,
-    peer_error: float | None,
-) -> Row:
-    seconds = [child.seconds for child in children]
-    row = Row(
+def _row(op: str, parameters: int, method: str, dtype: str, nbytes: int, children: list[disk.Child]) -> Row:
+    seconds = median(child.seconds for child in children)
+    return Row(
         op,
-        f"{case.parameters / 1e6:.0f} M",
+        f"{parameters / 1e6:.0f} M",
         method,
-        "BF16" if op == "fuse" else "F32",
-        median(seconds),
-        nbytes / median(seconds) / 1e9,
+        dtype,
+        seconds,
+        nbytes / seconds / 1e9,
         processors=median(child.spent / child.seconds for child in children),
-        error_ulp=error,
-        **peaks,
+        anonymous_mb=max(child.anonymous_mb for child in children),
+        resident_mb=max(child.resident_mb for child in children),
     )
+
+
+def _beside(row: Row, children: list[disk.Child], peer: Peer | None) -> Iterator[Row]:
+    """Our processes beside what PEFT took by its own clock, and beside its whole process."""
     if peer is None:
-        return row
-    return row._replace(
-        times=Ratio.of([peer.seconds] * len(seconds), seconds),
-        against="as fast",
-        peer=f"PEFT {peer.version}",
-        peer_error_ulp=peer_error,
-        peer_seconds=peer.seconds,
-        peer_anonymous_mb=peer.child.anonymous_mb,
-        peer_resident_mb=peer.child.resident_mb,
-    )
+        yield row
+        return
+    for variant, seconds in (("", peer.seconds), (WHOLE, peer.child.seconds)):
+        yield row._replace(
+            method=f"{row.method}{variant}",
+            times=Ratio.of([seconds] * len(children), [child.seconds for child in children]),
+            against="as fast",
+            peer=f"PEFT {peer.version}",
+            peer_seconds=seconds,
+            peer_anonymous_mb=peer.child.anonymous_mb,
+            peer_resident_mb=peer.child.resident_mb,
+        )
 
 
 # --- results: right before they are timed ---
@@ -200,7 +227,7 @@ def _delta(adapter: Path) -> np.ndarray:
 def _ulps(case: Case, fused: Path) -> float:
     """The largest error of the tensor that is looked at against float64, in units of the last place of bf16."""
     before, after = (load_file(folder / "model.safetensors")[disk.LOOKED_AT].double() for folder in (case.base, fused))
-    exact = before + torch.from_numpy(_delta(case.adapters[0]))
+    exact = before + torch.from_numpy(_delta(case.adapter))
     _, exponent = torch.frexp(torch.maximum(exact.abs(), before.abs()))
     error = float(((after - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 8)).max())
     assert error <= 2, "not the base with its adapter"

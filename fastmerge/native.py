@@ -17,8 +17,11 @@ from .sweep import Cut, Found, Inputs, Run, Sweep, Target, View
 
 name = "cpu"
 
+#: By instruction set of this build, best first, why it cannot run here; None where it can.
+_WHY_NOT: dict[str, str | None] = _core.instruction_sets()
 #: Every instruction set of this build, best first.
-ISAS = tuple(_core.instruction_sets())
+ISAS = tuple(_WHY_NOT)
+_HERE = tuple(isa for isa, reason in _WHY_NOT.items() if reason is None)
 
 DTYPES = frozenset(DTYPE_CODES)
 
@@ -28,12 +31,12 @@ _forced: list[str] = []
 
 def isas() -> tuple[str, ...]:
     """The instruction sets that this build has and this processor can run, best first."""
-    return tuple(isa for isa, reason in _core.instruction_sets().items() if reason is None)
+    return _HERE
 
 
 def why_not(isa: str) -> str:
     """Why an instruction set cannot run here; empty where it can."""
-    return _core.instruction_sets().get(isa, f"this build has no {isa} kernels") or ""
+    return _WHY_NOT.get(isa, f"this build has no {isa} kernels") or ""
 
 
 def isa() -> str:

@@ -72,6 +72,32 @@ def history(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
                 *((", disk to disk", 8, 4.4), (", disk to disk, at most", 8, 4)),
             )
         ),
+        *(
+            row(
+                *("session", case, "ties", "BF16", 0.0625, 21, 30, share(0.7), 1.9, ratio(times, times - 1, times + 1)),
+                **{"against": anew, "peer": "merging anew", "peer_seconds": 0.0625 * times, "at": parameters},
+            )
+            for case, anew, times, parameters in (
+                ("one", "as fast as a merge to disk and back", 24, 3e8),
+                ("one", "as fast as a merge to disk and back", 12, 1e6),
+                ("one-anew", "as fast as merge_state_dicts", 1.5, 3e8),
+            )
+        ),
+        *(
+            row(
+                *(op, parameters, method, dtype, 0.5, 0.1),
+                **{"times": ratio(2 * its, 2 * its - 1, 2 * its + 1), "against": fast},
+                **{"peer": "PEFT 0.21.2", "peer_seconds": its, "anonymous_mb": 31, "peer_anonymous_mb": 1415},
+            )
+            for op, parameters, method, dtype, its in (
+                ("fuse", "303 M", "merge_and_unload", "BF16", 1.5),
+                ("fuse", "303 M", "merge_and_unload, whole process", "BF16", 8),
+                ("combine", "51 M", "svd", "F32", 32),
+                ("combine", "51 M", "svd, whole process", "F32", 41),
+                ("combine", "51 M", "cat", "F32", 0.5),
+            )
+        ),
+        row("extract", "303 M", "rank 16", "BF16", 2.5, 0.5, anonymous_mb=233),
         row("scale", "tensors", "merge of 256 elements, overhead per tensor", "BF16", 1.38e-6, 1, times=share(1), at=9),
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -100,6 +126,8 @@ FIGURES = {
     "models.svg": ["gram", "models"],
     "settings.svg": ["ties", "one by one", "outputs"],
     "tensors.svg": ["merge of 256 elements", "1.38"],
+    "session.svg": ["ties, one by one", "0.062 s, 24 times as fast", "1.5 s", "merging anew", "fastmerge"],
+    "lora.svg": ["fuse, merge_and_unload", "0.5 s, 3 times as fast", "combine, svd", "32 s", "PEFT 0.21.2"],
     "accuracy.svg": ["disk to disk", "in memory", "fastmerge", "mergekit", "eager torch"],
 }
 
@@ -130,6 +158,10 @@ def test_nothing_else_is_written(written: Path) -> None:
         "| ties, one by one | in memory: times one output |  | 8.1 (8.09 to 8.11) |",
         "| gram | % of the ceiling | 91 (90 to 92) | 91 (90 to 92) |",
         "| disk to disk | ties | mergekit 0.1.5 | 196.8 | 439 |",
+        "| ties | one by one | 300 M | 0.0625 | 1.5 | 24 (23 to 25) | a merge to disk and back | 21.0 | 30.0 "
+        "| 70% (69% to 71%) | 1.9 |",
+        "| combine | svd, whole process | 51 M | 0.5 | PEFT 0.21.2 | 41 | 82 (81 to 83) | 31 | 1,415 |  |  |",
+        "| extract | rank 16 | 303 M | 2.5 |  |  |  | 233 |  |  |  |",
     ],
 )
 def test_a_table_has_the_numbers(written: Path, line: str) -> None:
@@ -155,6 +187,20 @@ def test_a_table_has_the_numbers(written: Path, line: str) -> None:
             "a tiny tensor's own cost",
             ["1.38", "merge of 256 elements, overhead per tensor, tensors", "1 of 10", "met so far"],
         ),
+        ("a session's candidate", ["24 (23 to 25)", "ties, one", "1 of 3", "met so far"]),
+        (
+            "lora fuse, a whole process: times as fast as PEFT's load",
+            ["3 (2 to 4)", "merge_and_unload, 303 M", "1", "**missed**"],
+        ),
+        (
+            "lora fuse, a whole process: times as fast as PEFT's whole",
+            ["16 (15 to 17)", "merge_and_unload, whole process, 303 M", "1", "met"],
+        ),
+        (
+            "lora combine by svd, a whole process: times as fast as PEFT's add",
+            ["64 (63 to 65)", "svd, 51 M", "1 of 4", "met so far"],
+        ),
+        ("lora fuse, combine, extract: anonymous memory", ["217", "rank 16, 303 M", "4 of 7", "**missed**"]),
         ("dare: times the sweep", ["", "", "0 of 14", "not measured: `make bench OP=merge,whole,gram`"]),
     ],
 )
@@ -195,6 +241,18 @@ def test_a_figure_without_rows_names_what_measures_it(
     text = (tmp_path / "README.md").read_text()
     assert "## Threads\n\n" in text
     assert "Not measured: `make bench OP=scale CASE=threads`." in text
+
+
+def test_without_a_peer_adapters_have_a_table_alone(bench: ModuleType, page: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    for op, dtype in (("combine", "F32"), ("extract", "BF16")):
+        bench.append(path, bench.Row(op, "51 M", "svd", dtype, 0.5, 1.0, anonymous_mb=24), 2, "now")
+    page.main(path, tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["README.md", "history.csv"]
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert [line for line in lines if "| svd |" in line] == [
+        f"| {op} | svd | 51 M | 0.5 |  |  |  | 24 |  |  |  |" for op in ("combine", "extract")
+    ]
 
 
 def test_other_columns_are_not_appended_to(bench: ModuleType, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 #include <setjmp.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cfenv>
 #include <chrono>
@@ -17,6 +18,8 @@
 
 namespace fastmerge {
 namespace {
+
+constexpr auto BREATH = std::chrono::milliseconds(50);  // between ticks
 
 // Reading a mapped page past the end of a cut file raises SIGBUS in the reading thread. A worker leaves its item by a
 // jump: kernels own nothing, so nothing is left behind. Anyone else's SIGBUS goes where it went before.
@@ -69,70 +72,73 @@ struct Block {
   char* start;
 };
 
-// All items on the caller's own thread, whose floating-point environment is as before afterwards.
-void alone(int64_t items, size_t scratch_bytes, const Work& work) {
-  struct Environment {
-    Environment() {
-      std::fegetenv(&before);
-      std::fesetenv(FE_DFL_ENV);
-    }
-    ~Environment() { std::fesetenv(&before); }
-    std::fenv_t before;
-  };
-  const Block scratch(scratch_bytes);
-  const Environment environment;
-  for (int64_t item = 0; item < items; ++item) guarded_work(work, item, scratch.start);
-}
+// The default floating-point environment, for as long as this lives: the caller, or another library for all threads,
+// may have told it to flush denormals.
+struct Environment {
+  Environment() {
+    std::fegetenv(&before);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~Environment() { std::fesetenv(&before); }
+  std::fenv_t before;
+};
 
 }  // namespace
 
 void parallel(int64_t items, int threads, size_t scratch_bytes, const Tick& tick, const Work& work) {
   if (items <= 0) return;
   guard_against_cut_files();
-  const int crew_size = static_cast<int>(threads < items ? (threads > 1 ? threads : 1) : items);
-  if (crew_size == 1 && !tick) return alone(items, scratch_bytes, work);
-
   std::atomic<int64_t> next{0}, bytes{0};
   std::atomic<bool> stop{false};
   std::mutex mutex;
   std::condition_variable done;
   std::exception_ptr error;
-  int working = crew_size;
+  int others = static_cast<int>(std::min<int64_t>(threads, items)) - 1;
 
-  const auto labour = [&] {
+  const auto guarding = [&](const auto& what) {
     try {
-      std::fesetenv(FE_DFL_ENV);  // another library may have told its threads to flush denormals
-      const Block scratch(scratch_bytes);
-      for (int64_t item; !stop && (item = next++) < items;) bytes += guarded_work(work, item, scratch.start);
+      what();
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
       if (!error) error = std::current_exception();
       stop = true;
     }
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (--working == 0) done.notify_all();
+  };
+  const auto labour = [&](const auto& between) {
+    guarding([&] {
+      const Environment environment;
+      const Block scratch(scratch_bytes);
+      for (int64_t item; !stop && (item = next++) < items; between()) bytes += guarded_work(work, item, scratch.start);
+    });
+  };
+  auto told = std::chrono::steady_clock::now();
+  const auto tell = [&] {
+    if (!tick || std::chrono::steady_clock::now() < told + BREATH) return;
+    tick(bytes.exchange(0));
+    told = std::chrono::steady_clock::now();
   };
 
   std::vector<std::thread> crew;
+  for (int made = 0, wanted = others; made < wanted; ++made) {
+    try {
+      crew.emplace_back([&] {
+        labour([] {});
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (--others == 0) done.notify_all();
+      });
+    } catch (...) {  // the machine gives no more threads: those there are do the work
+      const std::lock_guard<std::mutex> lock(mutex);
+      others -= wanted - made;
+      break;
+    }
+  }
+  labour(tell);
   {
     std::unique_lock<std::mutex> lock(mutex);
-    try {
-      while (static_cast<int>(crew.size()) < crew_size) crew.emplace_back(labour);
-    } catch (...) {  // the machine gives no more threads: those there are do the work
-      working -= crew_size - static_cast<int>(crew.size());
-      if (crew.empty()) throw;
-    }
-    while (!done.wait_for(lock, std::chrono::milliseconds(50), [&] { return working == 0; })) {
+    while (!done.wait_for(lock, BREATH, [&] { return others <= 0; })) {
       lock.unlock();
-      std::exception_ptr thrown;
-      try {
-        if (tick) tick(bytes.exchange(0));
-      } catch (...) {
-        thrown = std::current_exception();
-        stop = true;
-      }
+      guarding(tell);
       lock.lock();
-      if (thrown && !error) error = thrown;
     }
   }
   for (std::thread& worker : crew) worker.join();

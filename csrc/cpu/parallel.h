@@ -1,4 +1,4 @@
-// The only place that makes threads: runs items on a crew of workers while the caller's thread keeps watch.
+// The only place that makes threads: runs items on a crew, which the caller's thread is one of.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace fastmerge {
 
-// Called on the caller's thread every 50 ms and at the end, with the bytes read since the last call; may throw to stop.
-// Without one, a crew of one is the caller's thread: for work that is done in less than a thread takes to begin.
+// Called on the caller's thread every 50 ms, between its items, and at the end, with the bytes read since the last
+// call; may throw to stop.
 using Tick = std::function<void(int64_t)>;
 // Does one item with the worker's own memory, and returns the bytes it read.
 using Work = std::function<int64_t(int64_t item, char* scratch)>;
