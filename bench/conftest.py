@@ -71,7 +71,7 @@ class Row(NamedTuple):
     kernel_seconds: float | None = None  # of the GPU's own work, without the host's
     kernel_share: float | None = None  # of the ceiling by that
     launches: float | None = None
-    at: float | None = None  # the place on a curve of `op` "scale": bytes, threads, models, tensors or settings
+    at: float | None = None  # the place on a curve of `op` "scale"; the parameters of a session's models
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -314,6 +314,15 @@ def has_gpu_driver() -> bool:
     return any(map(os.path.exists, _DRIVERS))
 
 
+def workers(wanted: int | None) -> int:
+    """As many as are wanted, or one for each processor that this process may use."""
+    if wanted is None:
+        return threads()
+    if not hasattr(wanted, "__index__") or wanted < 1:
+        raise ValueError(f"threads is {wanted!r}, and must be a whole number from 1 on")
+    return int(wanted)
+
+
 def threads() -> int:
     """The processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):

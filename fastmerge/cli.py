@@ -372,6 +372,8 @@ def combine(adapters: tuple[str, ...], out: Path, parameters: dict[str, str], **
     from .lora import combine as typed
 
     run: Callable[..., AdapterReport | Report] = typed
+    if own := parameters.keys() & {"adapters", "out", *options}:
+        raise click.UsageError(f"{min(own)} is no parameter of a method: give it as its own option or argument")
     density = options.pop("density")
     each = density[0] if density and len(density) == 1 else density
     report = run(adapters, out, density=each, **options, **parameters)

@@ -153,7 +153,7 @@ def diff(
     total_bytes = sum(one.tensors[name].nbytes + two.tensors[name].nbytes for name in fits)
     found, total, done = [], _Sums(), 0
     # An adapter's product is kept for one tensor at a time.
-    workers = 1 if any(isinstance(model, Adapted) for model in models) else threads or backends.threads()
+    workers = 1 if any(isinstance(model, Adapted) for model in models) else backends.workers(threads)
     pool = ThreadPoolExecutor(workers)
     try:
         with naming_what_changed(*models):

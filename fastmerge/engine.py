@@ -140,7 +140,7 @@ def merge(
     watch = _Watch(plan, progress)
     worked: backends.Worked = {}
     work = _Work(
-        Choice(backend, worked), worked, threads or backends.threads(), gpu_memory, nonfinite == "propagate", watch
+        Choice(backend, worked), worked, backends.workers(threads), gpu_memory, nonfinite == "propagate", watch
     )
     inputs = [path for stage in plan.stages for model in stage.models for path in _paths(model)]
     *before, result = plan.stages

@@ -25,6 +25,8 @@ Keywords = Mapping[str, Keyword]
 
 def method_of(name: str) -> Method:
     """A method by its name in a recipe; raises RecipeError where there is none."""
+    if not isinstance(name, str):
+        raise TypeError(f"method is a {type(name).__qualname__}: give its name in a recipe")
     found = find(name)
     if isinstance(found, Method):
         return found
@@ -116,7 +118,7 @@ def _named(keywords: Keywords, method: Method) -> dict[str, Any]:
         if name in given:
             raise RecipeError(f"{name} and {name}_ are both given, and are one parameter; keep one")
         if value is not None:
-            given[name] = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
+            given[name] = _plain(value)
     if DROP_RATE in given and "density" in given:
         raise RecipeError("drop_rate and density are both given; drop_rate is 1 - density, keep one")
     return given
@@ -124,6 +126,11 @@ def _named(keywords: Keywords, method: Method) -> dict[str, Any]:
 
 _SPELT = frozenset(f"{name}_" if iskeyword(name) else name for name in KNOWN)
 _KEPT = _SPELT - KNOWN
+
+
+def _plain(value: Any) -> Any:
+    """What numpy or torch hold as Python has it."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_list(value: Any) -> bool:
@@ -140,6 +147,7 @@ def _are_conditions(values: Sequence[Any]) -> bool:
 
 def _setting(method: Method, name: str, value: Any, single: bool) -> Setting:
     """A scalar, a gradient, a condition, or a list of them."""
+    value = _plain(value)
     if not _is_list(value) and not isinstance(value, Mapping):
         return _scalar(method, name, value)
     if single:

@@ -47,6 +47,8 @@ class Merging:
     ) -> None:
         if nonfinite not in ("error", "propagate"):
             raise ValueError(f'nonfinite is "error" or "propagate", not {nonfinite!r}')
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"seed is {seed!r}, and must be a whole number")
         if isinstance(models, Mapping | str):
             raise TypeError("models is a list of models, also where it is one")
         self.method = method_of(method)
@@ -57,9 +59,9 @@ class Merging:
         if base is not None and own == len(models):
             self.models.append(opened("base", base))
         self.reader = Reader(self.models, nonfinite == "propagate")
-        self.seed = seed
+        self.seed = int(seed)
         self.backend = backend
-        self.threads = threads or backends.threads()
+        self.threads = backends.workers(threads)
 
     def plan(self, keywords: Keywords, *, single: bool = False) -> Stage:
         """A job for each tensor. Raises RecipeError for a parameter, MismatchError where models do not fit."""
@@ -211,6 +213,9 @@ class Outputs:
     """
 
     def __init__(self, merging: Merging, stage: Stage, into: Mapping[str, MutableMapping[str, Any]]) -> None:
+        for name, out in into.items():
+            if not isinstance(out, MutableMapping):
+                raise TypeError(f"{name} is a {type(out).__qualname__}: give a dict")
         self._merging = merging
         self._into = list(into.values())
         self._jobs = {job.name: job for job in stage.jobs}

@@ -268,7 +268,7 @@ def _fetched(repository: Repository, **kind: bool) -> Snapshot:
     try:
         return snapshot(repository.id, repository.revision, **kind)
     except CheckpointError as error:
-        raise CheckpointError(f"{repository.place}: {error}") from None
+        raise CheckpointError(f"{repository.place}: {error}".removeprefix(": ")) from None
 
 
 @lru_cache

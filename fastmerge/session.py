@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,10 @@ class Session:
         merging = self._open()
         if outs is not None and len(outs) != len(settings):
             raise ValueError(f"there are {len(outs)} outs for {len(settings)} settings: give one for each")
+        if outs is not None and len({id(out) for out in outs}) < len(outs):
+            raise ValueError("two outs are one and the same dict: give one for each of the settings")
+        if not all(isinstance(own, Mapping) for own in settings):
+            raise TypeError("settings is a list of dicts of parameters, also where it is one")
         if not settings:
             return []
         stage = merging.joint([over(self._parameters, own, merging.method) for own in settings])
@@ -111,6 +115,9 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a session holds memory of this process, and is not pickled or copied: make another")
 
     def _open(self) -> _Kept:
         if self._merging is None:

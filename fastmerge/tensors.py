@@ -174,7 +174,10 @@ def _of_torch(value: Any, name: str) -> Held:
         raise MismatchError(f"{name} is {kind}: make it dense")
     if not value.is_contiguous() or value.is_neg() or value.is_conj():
         raise _strided(name, ".contiguous()" if not value.is_contiguous() else ".resolve_neg().resolve_conj()")
-    address = value.data_ptr()
+    try:
+        address = value.data_ptr()
+    except RuntimeError:  # of those that torch.func transforms
+        address = 0
     if not address and value.numel():
         raise MismatchError(f"{name} is a {type(value).__name__} without memory of its own: give the tensor it is of")
     return Held(value, address, _dtype(str(value.dtype).removeprefix("torch."), name), tuple(value.shape), device)

@@ -88,7 +88,7 @@ def verify(
         CheckpointError: there is no sound record, or what it was merged from cannot be had, or changed.
     """
     started = time.perf_counter()
-    out, threads = Path(out), threads or backends.threads()
+    out, threads = Path(out), backends.workers(threads)
     record = provenance.read(out)
     nbytes, recomputed = 0, []
     try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,6 +93,29 @@ def test_a_block_ends_as_it_began_also_by_an_error(monkeypatch: pytest.MonkeyPat
     with pytest.raises(KeyError), package.switch.accelerated():
         raise KeyError
     assert package.is_as_it_was()
+
+
+def test_what_two_threads_install_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, within = {"one": object()}, [Event(), Event()]
+    before, order = dict(names), iter(within)
+
+    def attributes(tally: Tally) -> Iterator[switch.Attribute]:
+        """A second thread that is let in takes what the first has put for what belongs there, and ends after it."""
+        own = next(order)
+        yield names, "one", tally
+        own.set()
+        within[1].wait(0.1) if own is within[0] else threads[0].join()
+
+    made = Switch("package", ("1.0",), attributes)
+    monkeypatch.setattr(switch, "version", {"package": "1.0"}.__getitem__)
+    threads = [Thread(target=made.install) for _ in within]
+    threads[0].start()
+    within[0].wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    made.uninstall()
+    assert names == before
 
 
 def test_half_a_patch_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

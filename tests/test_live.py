@@ -284,6 +284,17 @@ def test_dlpack_is_read_where_it_lies(models: dict[str, Tensors]) -> None:
     assert_same({name: made}, {name: merge_tensors("ties", given, base, weight=0.5, density=0.4)})
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_parameters_may_be_of_torch_and_numpy(kind: Callable[[Any], Any]) -> None:
+    """As a softmax over weights gives them: one array, or a list of scalars."""
+    expected = merge_tensors("linear", [ONE, OTHER], weight=[0.25, 0.5])
+    for weight in (kind([0.25, 0.5]), [kind(0.25), kind(0.5)]):
+        assert torch.equal(merge_tensors("linear", [ONE, OTHER], weight=weight), expected)
+    states = [{"model.layers.0.x": ONE, "model.layers.1.x": ONE}, {"model.layers.0.x": OTHER, "model.layers.1.x": ONE}]
+    gradient = merge_state_dicts("linear", states, weight=[[0.0, 1.0], 0.5])
+    assert_same(merge_state_dicts("linear", states, weight=[kind([0.0, 1.0]), kind(0.5)]), gradient)
+
+
 def test_an_input_of_torch_makes_the_result_torchs(models: dict[str, Tensors]) -> None:
     one = models["a"]["model.wide.weight"].float()
     assert isinstance(merge_tensors("linear", [one.numpy(), one], weight=0.5), torch.Tensor)
@@ -538,6 +549,15 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "the weights sum to 0",
     ),
     "nonfinite": (lambda: ties(nonfinite="no"), ValueError, "nonfinite is"),
+    "no-threads": (lambda: ties(threads=-1), ValueError, "threads is -1, and must be a whole number from 1 on"),
+    "half-a-seed": (lambda: ties(seed=0.5), TypeError, "seed is 0.5, and must be a whole number"),
+    "half-a-thread": (lambda: ties(threads=1.5), ValueError, "threads is 1.5, and must be"),
+    "no-name": (lambda: merge_tensors(None, [ONE]), TypeError, "method is a NoneType: give its name"),
+    "transformed": (
+        lambda: torch.func.vmap(lambda one: merge_tensors("linear", [one], weight=1))(ONE),
+        MismatchError,
+        r"models\[0\] is a Tensor without memory of its own",
+    ),
     "a-list": (lambda: merge_tensors("linear", [[1.0]], weight=1), TypeError, r"models\[0\] is a builtins.list: give"),
     "integers": (lambda: merge_tensors("linear", [ONE.int()], weight=1), MismatchError, r"models\[0\] holds I32"),
     "complex": (lambda: merge_tensors("linear", [ONE.cfloat()], weight=1), MismatchError, r"models\[0\] holds C64"),
@@ -607,6 +627,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         MismatchError,
         "'x' holds I64 values, which differ in",
     ),
+    "out-is-a-list": (lambda: dicts(out=[ONE]), TypeError, "out is a list: give a dict"),
     "out-lacks": (lambda: dicts(out={"y": OTHER}), MismatchError, "out lacks 1 tensors of the merge, such as 'x'"),
     "out-has-more": (
         lambda: dicts(out={"x": torch.zeros(4, 6), "y": torch.zeros(3)}),

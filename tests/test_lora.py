@@ -469,14 +469,40 @@ def test_a_tied_head_that_was_saved_twice_is_left_out() -> None:
     np.testing.assert_array_equal(values(made, f"{EMBED}.weight"), new.numpy())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_is_tied_to_what_changes_is_told(tied: bool, recwarn: pytest.WarningsRecorder) -> None:
+SAVED_EMBEDDING = {f"{PREFIX}{EMBED}.weight": normal(10, 6, seed=5)}
+
+
+@pytest.mark.parametrize(
+    ("tied", "adapter", "config"),
+    [
+        (False, KINDS["embedding"][1], {}),
+        (True, KINDS["embedding"][1], {}),
+        (False, SAVED_EMBEDDING, {"modules_to_save": ["embed_tokens"]}),
+        (True, SAVED_EMBEDDING, {"modules_to_save": ["embed_tokens"]}),
+    ],
+    ids=["untied", "tied", "untied-saved", "tied-saved"],
+)
+def test_a_head_that_is_tied_to_what_changes_is_told(
+    tied: bool, adapter: Tensors, config: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
     save_base({name: tensor for name, tensor in base().items() if name != "lm_head.weight"}, tie_word_embeddings=tied)
-    save_adapter(KINDS["embedding"][1])
+    save_adapter(adapter, **config)
     make_plan(Recipe.parse(MERGE.format("base+adapter")))
     told = [str(each.message) for each in recwarn if each.category is FastmergeWarning]
     fault = "base+adapter: its head is tied to the embeddings that the adapter changes, and changes with them"
     assert told == [fault] * tied
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}],
+    ids=["resized", "kept-tied"],
+)
+def test_a_head_that_peft_ties_as_well_is_not_told(config: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
+    save_base({name: tensor for name, tensor in base().items() if name != "lm_head.weight"}, tie_word_embeddings=True)
+    save_adapter(SAVED_EMBEDDING, **config)
+    make_plan(Recipe.parse(MERGE.format("base+adapter")))
+    assert not [each for each in recwarn if each.category is FastmergeWarning]
 
 
 # --- names ---

@@ -384,6 +384,9 @@ NAN = {name: torch.full_like(tensor, torch.nan) for name, tensor in pair(K, 4, 6
         ({}, {}, {"weights": [1]}, RecipeError, "there are 1 weights for 2 adapters: give one to each"),
         ({}, {}, {"weights": [1, math.inf]}, RecipeError, "weight must be a finite number"),
         ({}, {}, {"rank": 0}, RecipeError, "rank is 0, and must be a whole number from 1 on"),
+        ({}, {}, {"rank": 2.5}, RecipeError, "rank is 2.5, and must be a whole number from 1 on"),
+        ({}, {}, {"weight": [1, 2]}, RecipeError, "here it is weights, one for each adapter"),
+        ({}, {}, {"method": "ties", "scope": "model"}, RecipeError, "scope is model, but modules are merged one"),
         ({}, {}, {"rank": 2, "method": "cat"}, RecipeError, "with cat the ranks are those of the adapters"),
         ({}, {}, {"rank": 2, "base": "base"}, RecipeError, "rank is 2, but a model has no rank: leave it out"),
         ({}, {}, {"method": "peft_ties", "base": "base"}, RecipeError, "peft_ties makes an adapter and no model"),
@@ -420,6 +423,11 @@ def test_what_cannot_be_combined(
         combine(["one", "two"], "out", **options)
     assert message in str(caught.value)
     assert not Path("out").exists()
+
+
+def test_one_adapter_is_a_list_too() -> None:
+    with pytest.raises(TypeError, match="adapters is a list of folders"):
+        combine(save_adapter(pair(K, 4, 6)), "out")  # type: ignore[call-overload]
 
 
 def test_adapters_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -620,6 +628,7 @@ def test_dora_becomes_plain() -> None:
         ({}, {}, RecipeError, "give either rank or energy"),
         ({}, {"rank": 1, "energy": 0.5}, RecipeError, "give either rank or energy"),
         ({}, {"rank": 0}, RecipeError, "rank is 0, and must be a whole number from 1 on"),
+        ({}, {"rank": "4"}, RecipeError, "rank is '4', and must be a whole number from 1 on"),
         ({}, {"energy": 1.5}, RecipeError, "energy is 1.5, and must be above 0 and at most 1"),
         ({}, {"rank": 1}, MismatchError, "base and tuned do not differ in the weights of any layer"),
         (
@@ -629,7 +638,7 @@ def test_dora_becomes_plain() -> None:
             f"tuned: tensor '{Q}.weight' holds NaN or Inf",
         ),
     ],
-    ids=["neither", "both", "rank", "energy", "same", "nan"],
+    ids=["neither", "both", "rank", "text", "energy", "same", "nan"],
 )
 def test_what_cannot_be_extracted(
     change: Tensors, options: dict[str, Any], error: type[Exception], message: str
@@ -687,12 +696,35 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, fault in (
         (("combine", "one", "two", "both"), "error: both is not empty"),
         (("combine", "one", "two", "x", "--parameter", "elect"), "'elect' has no value; write for example elect=count"),
+        (("combine", "one", "two", "x", "--parameter", "density=1"), "density is no parameter of a method: give it as"),
         (("combine", "one", "two", "x", "--weights", "a"), "'a' is not numbers; write for example 0.5,1"),
         (("extract", "base", "fused", "x"), "error: give either rank or energy"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
         assert fault in err
+
+
+def test_what_is_not_there_is_told_without_a_place_in_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a recipe inside, which the user did not write."""
+    save_base(base())
+    save_adapter(pair(K, 4, 6))
+    calls: dict[str, Callable[[str], object]] = {
+        "fuse": lambda absent: fuse("base", absent, "out"),
+        "combine": lambda absent: combine(["adapter"], "out", base=absent),
+        "extract": lambda absent: extract(absent, "base", "out", rank=1),
+    }
+    for call in calls.values():
+        with pytest.raises(RecipeError, match=r"^there is no file or folder '/absent'"):
+            call("/absent")
+
+    def offline(*_: object, **__: object) -> Snapshot:
+        raise CheckpointError("org/absent cannot be fetched")
+
+    monkeypatch.setattr("fastmerge.planner.snapshot", offline)
+    for call in calls.values():
+        with pytest.raises(CheckpointError, match=r"^org/absent cannot be fetched"):
+            call("org/absent")
 
 
 def test_the_functions_are_public() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -221,6 +223,14 @@ def test_a_session_lets_go_of_its_models() -> None:
         session.merge()
 
 
+def test_a_session_is_not_taken_elsewhere() -> None:
+    """Its addresses are those of this process."""
+    session = Session([{"x": torch.ones(30)}], method="linear", weight=1)
+    for take in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="a session holds memory of this process"):
+            take(session)
+
+
 def test_inputs_are_not_written(models: dict[str, Tensors]) -> None:
     ours = {name: copied(tensors) for name, tensors in models.items()}
     with (
@@ -237,9 +247,14 @@ def test_what_does_not_fit_is_told(models: dict[str, Tensors]) -> None:
             session.merge(lamda=1)
         with pytest.raises(ValueError, match="2 outs for 1 settings"):
             session.merge_many([{}], outs=[{}, {}])
+        one: Tensors = {}
+        with pytest.raises(ValueError, match="two outs are one and the same dict"):
+            session.merge_many([{}, {}], outs=[one, one])
+        with pytest.raises(TypeError, match="settings is a list of dicts"):
+            session.merge_many({"lambda_": 1})  # type: ignore[arg-type]
         out = poisoned(models["base"])
         with pytest.raises(MismatchError, match=r"outs\[0\]\['.*'\] and outs\[1\]\['.*'\] overlap"):
-            session.merge_many([{}, {}], outs=[out, out])
+            session.merge_many([{}, {}], outs=[out, {**out}])
     with (
         session_of("model_stock", models) as session,
         pytest.raises(RecipeError, match="row by row with some settings only"),

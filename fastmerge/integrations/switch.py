@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from threading import Lock
 from typing import Any
 
 from ..errors import BackendError
@@ -38,24 +39,27 @@ class Switch:
         self._attributes = attributes
         self._tally: Tally | None = None
         self._undo = ExitStack()
+        self._lock = Lock()
 
     def install(self) -> Tally:
         """All attributes, or an error and none; where it is on already, nothing happens."""
-        if self._tally is None:
-            self._check()
-            tally = Tally()
-            with ExitStack() as undo:
-                for namespace, name, value in self._attributes(tally):
-                    undo.callback(_put, namespace, name, namespace.get(name, _ABSENT))
-                    namespace[name] = value
-                self._undo = undo.pop_all()
-            self._tally = tally
-        return self._tally
+        with self._lock:
+            if self._tally is None:
+                self._check()
+                tally = Tally()
+                with ExitStack() as undo:
+                    for namespace, name, value in self._attributes(tally):
+                        undo.callback(_put, namespace, name, namespace.get(name, _ABSENT))
+                        namespace[name] = value
+                    self._undo = undo.pop_all()
+                self._tally = tally
+            return self._tally
 
     def uninstall(self) -> None:
         """Every attribute as it was; where it is off already, nothing happens."""
-        self._tally = None
-        self._undo.close()
+        with self._lock:
+            self._tally = None
+            self._undo.close()
 
     @contextmanager
     def accelerated(self) -> Iterator[Tally]:

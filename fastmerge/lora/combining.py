@@ -31,7 +31,7 @@ from ..sources.adapter import CONFIG, Adapter, Update, open_adapter
 from ..sweep import Elect, Inputs, Keep, Mean, Run, Target, View
 from .factors import Dense, Factors, Matrix, Product
 from .fusing import Name, adapted, recipe_of
-from .output import AdapterReport, NewAdapter, read
+from .output import AdapterReport, NewAdapter, check_rank, read
 
 
 class _Way(NamedTuple):
@@ -143,12 +143,16 @@ def combine(
         NonFiniteError: NaN or Inf among their weights.
         OutputError: the folder cannot be written.
     """
+    if isinstance(adapters, str | os.PathLike):
+        raise TypeError("adapters is a list of folders, also where it is one")
     way = _way(method, rank, base)
     given = {**way.parameters, **parameters, **({} if density is None else {"density": density})}
     merging = _Merging(way.method, [os.fspath(name) for name in adapters], weights, given, seed, threads)
     if base is not None:
         recipe = recipe_of(way.method.name, base, merging.models(base), merging.shared)
         return merge(recipe, out, seed=seed, threads=threads, overwrite=overwrite)
+    if merging.shared.get("scope") == "model":
+        raise RecipeError("scope is model, but modules are merged one by one: leave it out, or give the base too")
     opened = [_opened(name) for name in merging.names]
     _warn(method, way, opened)
     made = NewAdapter(
@@ -183,8 +187,7 @@ def _way(name: str, rank: int | None, base: Name | None) -> _Way:
     way = WAYS.get(name) or _added(name)
     if way.apart and base is not None:
         raise RecipeError(f"{name} makes an adapter and no model: leave out the base, and fuse what comes out")
-    if rank is not None and rank < 1:
-        raise RecipeError(f"rank is {rank}, and must be a whole number from 1 on")
+    check_rank(rank)
     if rank is not None and (base is not None or way.apart or way.side_by_side):
         why = "a model has no rank" if base is not None else f"with {name} the ranks are those of the adapters"
         raise RecipeError(f"rank is {rank}, but {why}: leave it out")
@@ -444,8 +447,10 @@ class _Merging:
             raise RecipeError(f"there are {len(self.weights)} weights for {len(names)} adapters: give one to each")
         if weights is not None and method.parameter("weight") is None:
             raise RecipeError(f"{method.name} has no weights: leave them out")
+        if "weight" in parameters:
+            raise RecipeError("weight is a parameter of recipes: here it is weights, one for each adapter")
         self._method, self._parameters, self._seed = method, parameters, seed
-        self._run = Run(threads or backends.threads())
+        self._run = Run(backends.workers(threads))
         self._worked: backends.Worked = {}
         self._resolver = self._resolved(self.weights)
 

@@ -7,7 +7,6 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from ..errors import CheckpointError, FastmergeWarning, MismatchError, NonFinite
 from ..fit import FLOATS
 from ..layers import is_embedding, is_head
 from ..planner import plan
-from ..sources.lora import Adapted
+from ..sources.lora import Adapted, common_parts
 from .factors import Dense
 from .fusing import Name, recipe_of
-from .output import AdapterReport, NewAdapter, read
+from .output import AdapterReport, NewAdapter, check_rank, read
 
 
 def extract(
@@ -62,8 +61,7 @@ def extract(
     """
     if (rank is None) == (energy is None):
         raise RecipeError("give either rank or energy: how large a module's factors are, or how much they hold")
-    if rank is not None and rank < 1:
-        raise RecipeError(f"rank is {rank}, and must be a whole number from 1 on")
+    check_rank(rank)
     if energy is not None and not 0.0 < energy <= 1.0:
         raise RecipeError(f"energy is {energy}, and must be above 0 and at most 1")
     one, two = _opened(base), _opened(finetuned)
@@ -200,8 +198,8 @@ class _Pair:
     def by_inputs(self, name: str) -> bool:
         """Whether a weight is stored as [in, out], which its bias tells, or that of the nearest module that has one."""
         module = name.removesuffix(".weight")
-        nearest = max(self._known, key=lambda other: _common(other, module), default="")
-        return _common(nearest, module) > 0 and self._known[nearest]
+        nearest = max(self._known, key=lambda other: common_parts(other, module), default="")
+        return common_parts(nearest, module) > 0 and self._known[nearest]
 
     def _has_factors(self, name: str, info: TensorInfo) -> bool:
         floats = name in self._one.tensors and {info.dtype, self._one.tensors[name].dtype} <= FLOATS.keys()
@@ -245,9 +243,3 @@ def _known(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bool]]:
         weight = tensors.get(f"{module}.weight")
         if module != name and weight is not None and len(weight.shape) == 2 and weight.shape[0] != weight.shape[1]:
             yield module, info.shape == weight.shape[1:]
-
-
-def _common(one: str, two: str) -> int:
-    """How many parts of two names are the same from the start."""
-    pairs = zip(one.split("."), two.split("."), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -6,10 +6,12 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..engine import Report, merge
-from ..recipe import Recipe
+from ..errors import RecipeError
+from ..recipe import Model, Recipe
 
 Name = str | os.PathLike[str]
 
@@ -50,4 +52,16 @@ def recipe_of(
     recipe |= {"parameters": dict(parameters)} if parameters else {}
     recipe["models"] = [{"model": model, "parameters": own} if own else {"model": model} for model, own in models]
     text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
-    return Recipe.parse(re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda one: f"\\u{ord(one[0]):04x}", text))
+    text = re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda one: f"\\u{ord(one[0]):04x}", text)
+    try:
+        made = Recipe.parse(text)
+    except RecipeError as error:
+        raise RecipeError(str(error).removeprefix(f"{error.place}: ")) from None
+    return replace(made, documents=tuple(document.with_models(_nowhere) for document in made.documents))
+
+
+def _nowhere(model: Model) -> Model:
+    """A model without its place in a text, which nobody wrote."""
+    adapter = None if model.adapter is None else _nowhere(model.adapter)
+    hub = None if model.repository is None else replace(model.repository, place="")
+    return model._replace(repository=hub, adapter=adapter)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .. import memory, system
 from ..cards import code, heading
 from ..checkpoint import CARD, DTYPE_BITS, SINGLE, Checkpoint, Layout, Writer, lay_out, naming_what_changed
+from ..errors import RecipeError
 from ..marked import printable
 from ..sources.adapter import CONFIG, WEIGHTS
 from ..sources.lora import Adapted, widened
@@ -64,6 +65,12 @@ class _Tensor(NamedTuple):
     raw: NDArray[np.uint8] | None
     model: Checkpoint | None = None
     name: str = ""
+
+
+def check_rank(rank: int | None) -> None:
+    """Raises RecipeError for one that no module can have."""
+    if rank is not None and (not hasattr(rank, "__index__") or rank < 1):
+        raise RecipeError(f"rank is {rank!r}, and must be a whole number from 1 on")
 
 
 class NewAdapter:

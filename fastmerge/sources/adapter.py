@@ -42,7 +42,8 @@ class Adapter:
     """A LoRA adapter; made by `open_adapter`.
 
     `trained_on` is the base that it names. `fan_in_fan_out` says that layers of which nothing else does store their
-    weights as [in, out]. `replaced` are the tensors of the base that others, of `weights`, take the place of.
+    weights as [in, out]. `saved` are the ends of the names of modules that PEFT keeps apart from what they are tied to
+    (modules_to_save). `replaced` are the tensors of the base that others, of `weights`, take the place of.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Adapter:
     weights: Checkpoint
     trained_on: str | None
     fan_in_fan_out: bool
+    saved: tuple[str, ...]
     updates: tuple[Update, ...]
     replaced: Mapping[str, TensorInfo]
 
@@ -68,7 +70,8 @@ def open_adapter(folder: str | Path, *, name: str | None = None, commit: str | N
     config = _Config(folder / CONFIG)
     weights = open_checkpoint(folder / WEIGHTS)
     updates, replaced = _Tensors(folder / WEIGHTS, config).read(weights.tensors)
-    return Adapter(name, folder, commit, weights, config.trained_on, config.fan_in_fan_out, updates, replaced)
+    said = config.trained_on, config.fan_in_fan_out, config.saved
+    return Adapter(name, folder, commit, weights, *said, updates, replaced)
 
 
 def no_adapter(where: str | Path, names: Sequence[str]) -> str:
@@ -124,7 +127,8 @@ class _Config:
             for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
         )
         self._take("bias", ("none", "all", "lora_only").__contains__, "none, all or lora_only", "none")
-        self._take("modules_to_save", _are_names, "a list of names", [])
+        saved = tuple(self._take("modules_to_save", _are_names, "a list of names", []))
+        self.saved: tuple[str, ...] = () if self._said.get("ensure_weight_tying") else saved
         for key in ("task_type", "revision"):
             self._take(key, lambda value: value is None or isinstance(value, str), "text or null")
         base = self._said.get("base_model_name_or_path")

@@ -82,10 +82,15 @@ class Adapted(Checkpoint):
 
     @property
     def moves_head(self) -> bool:
-        """Whether it adds to embeddings that are its head, too."""
+        """Whether it changes embeddings that are its head, too, and PEFT those alone."""
         heads = any(_HEAD.search(name) for name in self.tensors)
         adds = any(update.embedding for update in self.adapter.updates)
-        return adds and not heads and True in _values("tie_word_embeddings", self.config)
+        sizes = [(size,) for size in _values("vocab_size", self.config)]
+        saved = any(
+            name.removesuffix(".weight").endswith(self.adapter.saved) and self.tensors[name].shape[:1] in sizes
+            for name in self._replaced
+        )
+        return (adds or saved) and not heads and True in _values("tie_word_embeddings", self.config)
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -376,7 +381,7 @@ class _Places:
 
     def by_inputs(self, name: str) -> bool:
         """Whether a square weight is [in, out], as its nearest neighbour is that is known; else as the adapter says."""
-        near = max(self.known, key=lambda module: _common(module, name), default=None)
+        near = max(self.known, key=lambda module: common_parts(module, name), default=None)
         return self.adapter.fan_in_fan_out if near is None else self.known[near]
 
     @cached_property
@@ -420,7 +425,7 @@ class _Places:
 _T = TypeVar("_T")
 
 
-def _common(one: str, two: str) -> int:
+def common_parts(one: str, two: str) -> int:
     """How many parts of two names are the same from the start."""
     pairs = zip(one.split("."), two.split("."), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
