@@ -78,7 +78,9 @@ def opened(name: str, weights: Weights) -> Checkpoint:
 
 
 def weights_of(module: Any) -> MutableMapping[str, Any]:
-    """The parameters and buffers of a torch.nn.Module as its state dict has them, where they are."""
+    """The parameters and buffers of a torch.nn.Module as its state dict has them, where they are; of one that
+    torch.compile made, under the names of the module within."""
+    module = getattr(module, "_orig_mod", module)
     if not hasattr(module, "state_dict"):
         raise TypeError(f"module is a {type(module).__qualname__}: give a torch.nn.Module")
     weights: MutableMapping[str, Any] = module.state_dict(keep_vars=True)

@@ -26,6 +26,7 @@ from fastmerge import (
     NonFiniteError,
     Recipe,
     RecipeError,
+    Session,
     merge_into,
     merge_state_dicts,
     merge_tensors,
@@ -429,6 +430,17 @@ def test_a_module_gets_what_a_state_dict_would(monkeypatch: pytest.MonkeyPatch) 
     assert module.embed.weight.requires_grad
     assert module.embed.weight._version > version
     assert torch.equal(module.mask, mask)
+
+
+def test_a_compiled_module_has_the_names_of_the_one_within() -> None:
+    module, one, other = (torch.nn.Linear(3, 2) for _ in range(3))
+    states = [one.state_dict(), other.state_dict()]
+    compiled = torch.compile(module)
+    merge_into(compiled, "linear", states, weight=0.5)
+    assert_same(module.state_dict(), merge_state_dicts("linear", states, weight=0.5))
+    with Session(states, method="linear") as session:
+        session.merge_into(compiled, weight=0.25)
+    assert_same(module.state_dict(), merge_state_dicts("linear", states, weight=0.25))
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "ties"])
