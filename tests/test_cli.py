@@ -549,6 +549,20 @@ finally:
     assert ended.stdout.endswith("loaded: []\n")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc, where threads can be counted")
+def test_a_merge_begins_no_threads_for_linear_algebra() -> None:
+    """And leaves the choice of them to whatever is imported later."""
+    code = """
+import os
+from fastmerge.cli import main
+main(["merge", "linear.yml", "out", "--quiet", "--threads", "1"], standalone_mode=False)
+print(len(os.listdir("/proc/self/task")), "OPENBLAS_NUM_THREADS" in os.environ)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert ended.stdout == "1 False\n"
+
+
 def test_help_names_every_command_and_its_options(fastmerge_: Command) -> None:
     text = fastmerge_("--help").out
     assert all(f"  {command} " in text for command in ("demo", "info", "merge", "multi", "plan", "yaml"))
