@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import xxhash
 
 from .checkpoint import CARD, INDEX, hashing, tokenizer_files
@@ -224,8 +224,12 @@ def _sha256(path: Path) -> str:
 
 
 def _versions(worked: Mapping[str, object]) -> dict[str, str]:
-    used = ["numpy", *(["torch"] if worked.keys() & {"torch", "triton"} else [])]
-    return {"python": platform.python_version(), **{name: version(name) for name in used}}
+    found = {"python": sys.version.split()[0], "numpy": np.__version__}
+    if worked.keys() & {"torch", "triton"}:
+        from importlib.metadata import version  # here: few merges need it, and it is slow to import
+
+        found["torch"] = version("torch")
+    return found
 
 
 def _input_entry(input_: Input) -> dict[str, Any]:
