@@ -10,7 +10,7 @@ from types import ModuleType
 import driven
 import pytest
 
-SOURCES = ("isa_neon", "lowrank", "measure", "merge", "parallel", "ranked", "select")
+SOURCES = ("isa_neon", "hands", "lowrank", "measure", "merge", "parallel", "ranked", "select")
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 FLAGS = ("-O1", "-Wall", "-Wextra", "-Werror", "-static", "-DFASTMERGE_ONLY=kernels_neon")
 

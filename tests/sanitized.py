@@ -29,7 +29,7 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "aarch64": {"isa_neon": ()},
 }
-REST = ("lowrank", "measure", "merge", "parallel", "ranked", "select")
+REST = ("hands", "lowrank", "measure", "merge", "parallel", "ranked", "select")
 #: What each is there for, in a program.
 PLANTED = {
     "address": "int main(int n, char**) { int* a = new int[4]; int b = a[n + 3]; delete[] a; return b & 1; }",

@@ -13,8 +13,9 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <thread>
-#include <vector>
+#include <utility>
+
+#include "hands.h"
 
 namespace fastmerge {
 namespace {
@@ -45,10 +46,20 @@ void guard_against_cut_files() {
   });
 }
 
+// Whoever stands between the system and on_bus, as sanitizers do, may block signals until it returns, which it does
+// not.
+void take_bus_again() {
+  sigset_t bus;
+  sigemptyset(&bus);
+  sigaddset(&bus, SIGBUS);
+  pthread_sigmask(SIG_UNBLOCK, &bus, nullptr);
+}
+
 int64_t guarded_work(const Work& work, int64_t item, char* scratch) {
   sigjmp_buf start;
   if (sigsetjmp(start, 0)) {
     guarded = nullptr;
+    take_bus_again();
     throw InputCut();
   }
   guarded = &start;
@@ -83,67 +94,72 @@ struct Environment {
   std::fenv_t before;
 };
 
-}  // namespace
-
-void parallel(int64_t items, int threads, size_t scratch_bytes, const Tick& tick, const Work& work) {
-  if (items <= 0) return;
-  guard_against_cut_files();
+// What the crew of one call shares; the last of it to go, which may be after the call, lets go of this.
+struct Shift {
   std::atomic<int64_t> next{0}, bytes{0};
   std::atomic<bool> stop{false};
   std::mutex mutex;
   std::condition_variable done;
   std::exception_ptr error;
-  int others = static_cast<int>(std::min<int64_t>(threads, items)) - 1;
+  int others = 0;
+};
+
+}  // namespace
+
+void parallel(int64_t items, int threads, size_t scratch_bytes, const Tick& tick, const Work& work) {
+  if (items <= 0) return;
+  guard_against_cut_files();
+  const auto shift = std::make_shared<Shift>();
 
   const auto guarding = [&](const auto& what) {
     try {
       what();
     } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      if (!error) error = std::current_exception();
-      stop = true;
+      const std::lock_guard<std::mutex> lock(shift->mutex);
+      if (!shift->error) shift->error = std::current_exception();
+      shift->stop = true;
     }
   };
   const auto labour = [&](const auto& between) {
     guarding([&] {
       const Environment environment;
       const Block scratch(scratch_bytes);
-      for (int64_t item; !stop && (item = next++) < items; between()) bytes += guarded_work(work, item, scratch.start);
+      for (int64_t item; !shift->stop && (item = shift->next++) < items; between()) {
+        shift->bytes += guarded_work(work, item, scratch.start);
+      }
     });
   };
   auto told = std::chrono::steady_clock::now();
   const auto tell = [&] {
     if (!tick || std::chrono::steady_clock::now() < told + BREATH) return;
-    tick(bytes.exchange(0));
+    tick(shift->bytes.exchange(0));
     told = std::chrono::steady_clock::now();
   };
+  const auto leave = [shift] {
+    const std::lock_guard<std::mutex> lock(shift->mutex);
+    if (--shift->others == 0) shift->done.notify_all();
+  };
 
-  std::vector<std::thread> crew;
-  for (int made = 0, wanted = others; made < wanted; ++made) {
-    try {
-      crew.emplace_back([&] {
-        labour([] {});
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (--others == 0) done.notify_all();
-      });
-    } catch (...) {  // the machine gives no more threads: those there are do the work
-      const std::lock_guard<std::mutex> lock(mutex);
-      others -= wanted - made;
-      break;
+  for (int64_t other = 1; other < std::min<int64_t>(threads, items); ++other) {
+    {
+      const std::lock_guard<std::mutex> lock(shift->mutex);
+      ++shift->others;
     }
+    if (hand_over([&] { labour([] {}); }, leave)) continue;
+    leave();  // the machine gives no more threads: those there are do the work
+    break;
   }
   labour(tell);
-  {
-    std::unique_lock<std::mutex> lock(mutex);
-    while (!done.wait_for(lock, BREATH, [&] { return others <= 0; })) {
-      lock.unlock();
-      guarding(tell);
-      lock.lock();
-    }
+  std::unique_lock<std::mutex> lock(shift->mutex);
+  while (!shift->done.wait_for(lock, BREATH, [&] { return shift->others == 0; })) {
+    lock.unlock();
+    guarding(tell);
+    lock.lock();
   }
-  for (std::thread& worker : crew) worker.join();
+  const std::exception_ptr error = std::exchange(shift->error, nullptr);
+  lock.unlock();
   if (error) std::rethrow_exception(error);
-  if (tick) tick(bytes.exchange(0));
+  if (tick) tick(shift->bytes.exchange(0));
 }
 
 }  // namespace fastmerge
