@@ -1,4 +1,4 @@
-// The only place that makes threads: runs items on a crew, which the caller's thread is one of.
+// Runs items on a crew: the caller's thread and those that hands.h keeps.
 #pragma once
 #include <cstddef>
 #include <cstdint>
