@@ -1,11 +1,14 @@
-"""Threads that wait for work between calls of the core: how many, after a fork, and whose signals are not theirs."""
+"""Threads that wait for work between calls of the core: how many, after a fork, whose signals are not theirs, and what
+becomes of a call where memory runs out."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +89,19 @@ print(int(blocked, 16))
     blocked = int(_printed(code))
     assert all(blocked >> each - 1 & 1 for each in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM))
     assert not any(blocked >> each - 1 & 1 for each in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE))
+
+
+def test_a_call_without_memory_ends_with_none_of_its_threads_at_work(tmp_path: Path) -> None:
+    """Whichever allocation fails: all is done by the threads there are, or the call is refused and over."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    root = Path(__file__).parent
+    core = root.parent / "csrc" / "cpu"
+    sources = [root / "faults" / "memory.cpp", core / "hands.cpp", core / "parallel.cpp"]
+    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", *map(str, sources)]
+    subprocess.run([*command, "-o", str(tmp_path / "memory")], check=True)
+    ended = subprocess.run([tmp_path / "memory"], capture_output=True, text=True, check=False, timeout=60)
+    done, refused = map(int, ended.stdout.replace(",", "").split()[::2])
+    assert ended.returncode == 0, ended.stdout
+    assert done > refused > 0

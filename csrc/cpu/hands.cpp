@@ -4,8 +4,8 @@
 #include <signal.h>
 
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -16,7 +16,7 @@ namespace {
 struct Hand {
   std::mutex mutex;
   std::condition_variable wake;
-  Job work, finished;
+  std::shared_ptr<const Job> job;
 };
 
 struct Waiting {
@@ -29,14 +29,14 @@ Waiting* waiting = nullptr;
 
 void begin_anew() {
   waiting = new Waiting;
+  waiting->hands.reserve(std::thread::hardware_concurrency());
 }
 
 void prepare() {
-  static std::once_flag once;
-  std::call_once(once, [] {
+  [[maybe_unused]] static const bool once = [] {
     begin_anew();
-    pthread_atfork(nullptr, nullptr, begin_anew);
-  });
+    return pthread_atfork(nullptr, nullptr, begin_anew) == 0;
+  }();
 }
 
 Hand* one_that_waits() {
@@ -50,7 +50,7 @@ Hand* one_that_waits() {
 // False where so many wait as can run at once.
 bool wait_too(Hand* hand) {
   const std::lock_guard<std::mutex> lock(waiting->mutex);
-  if (waiting->hands.size() >= std::thread::hardware_concurrency()) return false;
+  if (waiting->hands.size() == waiting->hands.capacity()) return false;
   waiting->hands.push_back(hand);
   return true;
 }
@@ -66,41 +66,36 @@ void leave_signals_to_others() {
 void serve(Hand* hand) {
   leave_signals_to_others();
   for (bool stays = true; stays;) {
-    Job work, finished;
+    std::shared_ptr<const Job> job;
     {
       std::unique_lock<std::mutex> lock(hand->mutex);
-      hand->wake.wait(lock, [&] { return static_cast<bool>(hand->work); });
-      std::swap(work, hand->work);
-      std::swap(finished, hand->finished);
+      hand->wake.wait(lock, [&] { return static_cast<bool>(hand->job); });
+      std::swap(job, hand->job);
     }
-    work();
+    job->work();
     stays = wait_too(hand);
-    finished();
+    job->finished();
   }
   delete hand;
 }
 
 }  // namespace
 
-bool hand_over(Job work, Job finished) {
+bool hand_over(std::shared_ptr<const Job> job) noexcept try {
   prepare();
-  Hand* hand = one_that_waits();
-  const bool is_new = !hand;
-  if (is_new) hand = new Hand;
-  {
+  if (Hand* hand = one_that_waits()) {
     const std::lock_guard<std::mutex> lock(hand->mutex);
-    hand->work = std::move(work);
-    hand->finished = std::move(finished);
-  }
-  hand->wake.notify_one();
-  if (!is_new) return true;
-  try {
-    std::thread(serve, hand).detach();
+    hand->job = std::move(job);
+    hand->wake.notify_one();
     return true;
-  } catch (const std::system_error&) {
-    delete hand;
-    return false;
   }
+  auto hand = std::make_unique<Hand>();
+  hand->job = std::move(job);
+  std::thread(serve, hand.get()).detach();
+  hand.release();  // it is its thread's own
+  return true;
+} catch (const std::exception&) {
+  return false;
 }
 
 }  // namespace fastmerge

@@ -2,13 +2,17 @@
 // waiting for the processor of the thread that began it.
 #pragma once
 #include <functional>
+#include <memory>
 
 namespace fastmerge {
 
-using Job = std::function<void()>;
+// Neither throws.
+struct Job {
+  std::function<void()> work, finished;
+};
 
 // Runs work(), then finished(), on a thread that waits or on a new one, which may be had again when finished() begins.
-// Neither throws. False where the machine gives no more threads.
-bool hand_over(Job work, Job finished);
+// False where the machine gives no more threads or memory.
+bool hand_over(std::shared_ptr<const Job> job) noexcept;
 
 }  // namespace fastmerge

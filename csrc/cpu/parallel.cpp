@@ -140,12 +140,13 @@ void parallel(int64_t items, int threads, size_t scratch_bytes, const Tick& tick
     if (--shift->others == 0) shift->done.notify_all();
   };
 
+  const auto job = std::make_shared<const Job>(Job{[&] { labour([] {}); }, leave});
   for (int64_t other = 1; other < std::min<int64_t>(threads, items); ++other) {
     {
       const std::lock_guard<std::mutex> lock(shift->mutex);
       ++shift->others;
     }
-    if (hand_over([&] { labour([] {}); }, leave)) continue;
+    if (hand_over(job)) continue;
     leave();  // the machine gives no more threads: those there are do the work
     break;
   }
