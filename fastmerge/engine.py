@@ -81,6 +81,7 @@ class Report:
         return (self.bytes_read + self.bytes_written) / self.seconds / 1e9
 
 
+@uncollected()
 def merge(
     recipe: Recipe | str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -195,7 +196,7 @@ def merge(
             )
             writer.commit({**beside, provenance.FILE: record})
     for sentence in (*odd, *health.warnings):
-        warnings.warn(sentence, FastmergeWarning, stacklevel=2)
+        warnings.warn(sentence, FastmergeWarning, stacklevel=3)
     spared_read, spared_written = work.spared_bytes
     return Report(
         Path(out),
@@ -419,11 +420,10 @@ def _done(
 
     def by_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Job, Found]]:
         wanted = "auto" if choice.gpu else choice.backend
-        with uncollected():
-            for mine, found in on_cpu(jobs, reader, cuts, targets, wanted, work.worked, work.run, room):
-                for writer in writers:
-                    writer.written(job.name for job in mine)
-                yield from zip(mine, found, strict=True)
+        for mine, found in on_cpu(jobs, reader, cuts, targets, wanted, work.worked, work.run, room):
+            for writer in writers:
+                writer.written(job.name for job in mine)
+            yield from zip(mine, found, strict=True)
 
     done, left_bytes = 0, sum(map(size, todo))
     for jobs in in_batches(stage, todo, size, BATCH_BYTES):
