@@ -81,9 +81,9 @@ class Checkpoint:
         mapping holds no open file.
         """
         file = self._file_of[tensor]
-        with self._lock:
-            mapped = self._mapped.get(file)
-            if mapped is None:
+        mapped = self._mapped.get(file)
+        if mapped is None:
+            with self._lock:
                 mapped = self._mapped[file] = self._map(file)
                 if len(self._mapped) > KEPT_MAPPINGS:
                     self._mapped.pop(next(iter(self._mapped)))
