@@ -336,23 +336,24 @@ def _run(stage: Stage, written: Mapping[str | None, Checkpoint], outputs: Mappin
     models = [opened(model, written) for model in stage.models]
     _warn_of_no_deltas(stage, models)
     overflown: dict[str, dict[str, int]] = {name: {} for name in outputs}
-    writers = list(outputs.values())
     jobs = list(_left(stage, outputs, overflown, work))
     with naming_what_changed(*models):
         reader = Reader(models, work.propagate)
         checkup = Checkup(stage, reader)
         cuts = model_cuts(stage, reader, work.choice.backend, work.worked, work.run) if jobs else {}
-        with closing(_done(stage, jobs, reader, cuts, writers, work)) as done:
-            for job, found in done:
-                if any(found.nonfinite) and not work.propagate:
-                    raise _nonfinite(job, found, models)
-                checkup.note(job, found.nonfinite)
-                hashes = found.hashes or (None,) * len(writers)
-                outcome = zip(writers, overflown.values(), found.overflow, hashes, strict=True)
-                for writer, elements, count, its_hash in outcome:
-                    writer.record(job.name, count, work.worked, its_hash)
-                    if count:
-                        elements[job.name] = count
+        with closing(_done(stage, jobs, reader, cuts, list(outputs.values()), work)) as done:
+            for mine, found in done:
+                for job, its in zip(mine, found, strict=True):
+                    if any(its.nonfinite) and not work.propagate:
+                        raise _nonfinite(job, its, models)
+                    checkup.note(job, its.nonfinite)
+                for k, (name, writer) in enumerate(outputs.items()):
+                    noted = [
+                        (job.name, its.overflow[k], its.hashes[k] if its.hashes else None)
+                        for job, its in zip(mine, found, strict=True)
+                    ]
+                    writer.record(noted, work.worked)
+                    overflown[name].update({tensor: count for tensor, count, _ in noted if count})
         health = checkup.health(overflown)
     _check_unchanged(models)
     for name, elements in overflown.items():
@@ -366,7 +367,7 @@ def _left(
     """The jobs that no earlier run has done in all outputs; of the others, what was found then."""
     claimed = frozenset.intersection(*[writer.claimed for writer in outputs.values()])
     for job in stage.jobs:
-        whole = [writer.still_whole(job.name) if job.name in claimed else None for writer in outputs.values()]
+        whole = [writer.still_whole(job.name) for writer in outputs.values()] if job.name in claimed else [None]
         if None in whole:
             yield job
             continue
@@ -410,20 +411,20 @@ def _warn_of_what_the_cpu_does(stage: Stage, backend: str) -> None:
 
 def _done(
     stage: Stage, todo: Sequence[Job], reader: Reader, cuts: Cuts, writers: Sequence[Writer], work: _Work
-) -> Generator[tuple[Job, Found], None, None]:
-    """The jobs as they are done: by the CPU, as long as it is the choice, then by GPUs, if there are jobs left."""
+) -> Generator[tuple[Sequence[Job], Sequence[Found]], None, None]:
+    """Jobs that were done together: by the CPU, as long as it is the choice, then by GPUs, if there are jobs left."""
     choice, size, room = work.choice, attrgetter("nbytes"), Room()
 
     def targets(job: Job) -> list[Target]:
         places = [writer.target(job.name) for writer in writers]  # holds the files open
         return [Target(reader.output(job), offset, file) for file, offset in places]
 
-    def by_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Job, Found]]:
+    def by_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Sequence[Job], Sequence[Found]]]:
         wanted = "auto" if choice.gpu else choice.backend
         for mine, found in on_cpu(jobs, reader, cuts, targets, wanted, work.worked, work.run, room):
             for writer in writers:
                 writer.written(job.name for job in mine)
-            yield from zip(mine, found, strict=True)
+            yield mine, found
 
     done, left_bytes = 0, sum(map(size, todo))
     for jobs in in_batches(stage, todo, size, BATCH_BYTES):
@@ -445,7 +446,9 @@ def _done(
         if strange and choice.backend != "auto":
             backends.Ops(choice.backend, reader.dtypes(strange[0]), "gpu", work.worked)  # which refuses them
         if mine := [job for job in left if streamer.takes(job)]:
-            yield from streamer.swept(mine)
+            with closing(streamer.swept(mine)) as streamed:
+                for job, found in streamed:
+                    yield [job], [found]
         for jobs in in_batches(stage, others, size, BATCH_BYTES):
             yield from by_cpu(jobs)
 

@@ -293,7 +293,7 @@ def begun(out: Path) -> None:
     with suppress(KeyboardInterrupt), writer(out) as files:
         descriptor, offset = files.target("a")
         os.pwrite(descriptor, bytes(16), offset)
-        files.record("a", 0, {})
+        files.record([("a", 0, None)], {})
         files.settle()
         raise KeyboardInterrupt
     assert (out / ".fastmerge-journal").exists()
@@ -309,7 +309,7 @@ def ended(out: Path) -> None:
         for name, _, _ in OUTPUTS:
             descriptor, offset = files.target(name)
             os.pwrite(descriptor, np.ones(4, np.float32).tobytes(), offset)
-            files.record(name, 0, {})
+            files.record([(name, 0, None)], {})
         stage = out / STAGES / "0"
         stage.mkdir(parents=True, exist_ok=True)
         (stage / "weights").write_bytes(b"of a stage")

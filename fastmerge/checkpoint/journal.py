@@ -38,7 +38,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.plan: Mapping[str, Any] | None = None  # None: there is no journal, or its first line is not one of ours
-        self.whole: dict[str, Whole] = {}
+        self.whole: dict[str, Whole] = {}  # by what was in the file when it was opened
+        self.hashes: dict[str, str] = {}  # of those added since
         data = left_in(path)
         self._cut = not data.endswith(b"\n")
         first, *lines = data.split(b"\n")
@@ -62,7 +63,7 @@ class Journal:
 
     def add(self, hashes: Mapping[str, str], overflow: Mapping[str, int], worked: Mapping[str, Sequence[str]]) -> None:
         """Tensors whose bytes are written, together or not at all."""
-        self.whole |= {tensor: Whole(hashes[tensor], count, worked) for tensor, count in overflow.items()}
+        self.hashes.update(hashes)
         ops, name = json.dumps(worked), json.JSONEncoder().encode
         self._append([f'[{name(tensor)}, "{hashes[tensor]}", {count}, {ops}]' for tensor, count in overflow.items()])
 
@@ -99,17 +100,16 @@ class Recorder:
         self._worked: Mapping[str, Collection[str]] = {}
         self._nbytes = 0
 
-    def add(
-        self, tensor: str, overflow: int, worked: Mapping[str, Collection[str]], nbytes: int, hash: bytes | None
-    ) -> None:
-        """Soon; raises the OSError of what could not be noted before."""
-        self._overflow[tensor] = overflow
-        if hash is not None:
-            self._hashes[tensor] = hash.hex()
+    def add(self, tensors: Iterable[tuple[str, int, int, bytes | None]], worked: Mapping[str, Collection[str]]) -> None:
+        """Notes (name, bytes, overflow, hash) tensors soon; raises the OSError of what could not be noted before."""
         self._worked = worked
-        self._nbytes += nbytes
-        if self._nbytes >= _TOGETHER_BYTES or len(self._overflow) >= _TOGETHER:
-            self._begin()
+        for tensor, nbytes, overflow, hash in tensors:
+            self._overflow[tensor] = overflow
+            if hash is not None:
+                self._hashes[tensor] = hash.hex()
+            self._nbytes += nbytes
+            if self._nbytes >= _TOGETHER_BYTES or len(self._overflow) >= _TOGETHER:
+                self._begin()
 
     def settle(self) -> None:
         """Waits until all is noted; raises the OSError of what could not be."""

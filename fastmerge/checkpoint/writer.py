@@ -130,7 +130,7 @@ class Writer:
         """Whether there is something to go on with: tensors, or a model that the output is to be made of."""
         stages = self.out / STAGES
         between = self._journal.plan is not None and stages.is_dir() and any(stages.iterdir())
-        return between or bool(self._journal.whole)
+        return between or bool(self.hashes)
 
     @property
     def claimed(self) -> frozenset[str]:
@@ -140,7 +140,7 @@ class Writer:
     @property
     def hashes(self) -> dict[str, str]:
         """The hash of each tensor's bytes, once all are recorded and the writer has been told so by `settle`."""
-        return {name: whole.hash for name, whole in self._journal.whole.items()}
+        return {name: whole.hash for name, whole in self._journal.whole.items()} | self._journal.hashes
 
     def still_whole(self, name: str) -> Whole | None:
         """What is known of a claimed tensor, where its bytes are those that were written."""
@@ -150,15 +150,15 @@ class Writer:
         del self._journal.whole[name]
         return None
 
-    def record(
-        self, name: str, overflow: int, worked: Mapping[str, Collection[str]], hash: bytes | None = None
-    ) -> None:
-        """Notes in the journal, soon, that a tensor is complete and right: how many elements became infinite, the ops
-        that each provider has run by now, and its hash, for which it is read back where none is given."""
+    def record(self, tensors: Iterable[tuple[str, int, bytes | None]], worked: Mapping[str, Collection[str]]) -> None:
+        """Notes in the journal, soon, that tensors are complete and right: of each its name, how many elements became
+        infinite, and its hash, for which it is read back where there is none; and the ops that each provider has run
+        by now."""
         if self._plan is not None:
-            _, begin, end = self._places[name]
+            places = self._places
+            sized = ((name, places[name][2] - places[name][1], overflow, hash) for name, overflow, hash in tensors)
             with _named(self.out):
-                self._recorder.add(name, overflow, worked, end - begin, hash)
+                self._recorder.add(sized, worked)
 
     def settle(self) -> None:
         """Waits until all that was recorded is in the journal, and the weights are on the disk."""
@@ -223,15 +223,13 @@ class Writer:
                 self.committed = True
 
     def _file(self, shard: str) -> Descriptor:
-        with self._opening:
-            file = self._open.get(shard)
-            if file is None:
-                with _named(self.out):
-                    file = Descriptor(os.open(self._hidden(shard), os.O_RDWR | system.FLAGS))
-                self._open[shard] = file
+        file = self._open.get(shard)
+        if file is None:
+            with self._opening, _named(self.out):
+                file = self._open[shard] = Descriptor(os.open(self._hidden(shard), os.O_RDWR | system.FLAGS))
                 if len(self._open) > _KEPT_FILES:
                     self._open.pop(next(iter(self._open)))
-            return file
+        return file
 
     def _read_back(self, names: Sequence[str]) -> dict[str, str]:
         """The hashes of the bytes of tensors, as they lie in the files."""
@@ -260,7 +258,8 @@ class Writer:
 
     def _remove_partial(self) -> None:
         """Frees the space of the files that are not whole."""
-        missing = {shard for name, (shard, _, _) in self._places.items() if name not in self._journal.whole}
+        whole = self.hashes
+        missing = {shard for name, (shard, _, _) in self._places.items() if name not in whole}
         for shard in missing:
             self._hidden(shard).unlink(missing_ok=True)
 
