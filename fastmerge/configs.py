@@ -27,8 +27,8 @@ def warn_of_differences(models: Sequence[Described]) -> None:
     """Warns of what changes the maths between the first model and another, and of layers that its config miscounts."""
     first, *others = models
     said = {count for section in _sections(first.config).values() for key in _COUNTS for count in _counts(section, key)}
-    held = {stack.depth for stack in stacks(first.tensors).values()}
-    if said and held and not said & held:
+    held = {stack.depth for stack in stacks(first.tensors if said else ()).values()}
+    if held and not said & held:
         speaks, are = (" and ".join(map(str, sorted(kinds))) for kinds in (said, held))
         fault = f"config.json of {first.name!r} speaks of {speaks} layers, and its tensors are of {are}"
         warnings.warn(fault, FastmergeWarning, stacklevel=2)

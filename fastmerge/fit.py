@@ -32,6 +32,8 @@ class Fit:
     def tensor(self, name: str, models: Sequence[int], infos: Sequence[TensorInfo | None], origin: int | None) -> bool:
         """Whether an output can be made of what each of some models has (None: nothing). Where deltas are taken from
         the one at `origin`, another that lacks the tensor has no delta."""
+        if infos[0] is not None and infos.count(infos[0]) == len(infos):  # files alike share what is known of them
+            return True
         problem = self._misfit(name, models, infos, origin)
         if problem is not None:
             self.problems.append(problem)
@@ -47,9 +49,9 @@ class Fit:
             return frozenset(heads)
         if False in flags:
             return frozenset()
-        held = [name for name in names if all(name in model.tensors for model in self.models)]
-        embeddings = [name for name in held if is_embedding(name)]
+        held = set(names).intersection(*[model.tensors for model in self.models])
         loose = names if all(flags) else names.keys() - held
+        embeddings = [name for name in names if name in held and is_embedding(name)] if loose else []
         return frozenset(name for name in loose if any(self._same(name, one) for one in _originals(name, embeddings)))
 
     def _same(self, name: str, original: str) -> bool:
