@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -14,11 +15,35 @@ Names = Mapping[Model, Collection[str]]
 
 
 class Row(NamedTuple):
-    """An output tensor, its name in each source of its slice, and its layer position in [0, 1]."""
+    """An output tensor, its name in each source of its slice, and its layer position in [0, 1], or what knows that."""
 
     name: str
     inputs: tuple[str, ...]
-    t: float
+    at: float | Positions
+
+    @property
+    def t(self) -> float:
+        return self.at if isinstance(self.at, float) else self.at.of(self.name)
+
+
+class Positions:
+    """The layer positions of some names, which are looked for where a parameter goes by them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = names
+
+    def of(self, name: str) -> float:
+        match = _LAYER.match(name)
+        return _position(int(match[2]), self._depths[match[1] or ""]) if match else 0.0
+
+    @cached_property
+    def _depths(self) -> dict[str, int]:
+        """How many parts are numbered, by what stands before their numbers."""
+        found: dict[str, int] = {}
+        for match in filter(None, map(_LAYER.match, self._names)):
+            prefix = match[1] or ""
+            found[prefix] = max(int(match[2]) + 1, found.get(prefix, 0))
+        return found
 
 
 class Tower(NamedTuple):
@@ -98,22 +123,8 @@ def _split(layers: dict[int, list[str]]) -> Stack:
 def _whole(module: Module, names: Names) -> Tower:
     slice_ = module.slices[0]
     union = _union([names[source.model] for source in slice_.sources], slice_)
-    return Tower(module, [(slice_, _rows(union, _depths(union), len(slice_.sources)))], {})
-
-
-def _depths(names: Iterable[str]) -> dict[str, int]:
-    """How many parts are numbered, by what stands before their numbers."""
-    found: dict[str, int] = {}
-    for match in filter(None, map(_LAYER.match, names)):
-        prefix = match[1] or ""
-        found[prefix] = max(int(match[2]) + 1, found.get(prefix, 0))
-    return found
-
-
-def _rows(names: Iterable[str], depths: Mapping[str, int], width: int) -> Iterator[Row]:
-    for name in names:
-        match = _LAYER.match(name)
-        yield Row(name, (name,) * width, _position(int(match[2]), depths[match[1] or ""]) if match else 0.0)
+    width, at = len(slice_.sources), Positions(union)
+    return Tower(module, [(slice_, (Row(name, (name,) * width, at) for name in union))], {})
 
 
 def _sliced(module: Module, names: Names) -> Tower:

@@ -29,12 +29,13 @@ class Resolver:
         ]
         self.varying = [lookup for lookup in self.shared if lookup.varies]
         self.varying_models = [[lookup for lookup in lookups if lookup.varies] for lookups in self.models]
+        self.varies = bool(self.varying) or any(self.varying_models) or document.method.random
         self.made: dict[Hashable, tuple[Settings, bool]] = {}
 
     def resolve(self, row: Row, takers: tuple[int, ...]) -> tuple[Settings, bool]:
         """The settings of a tensor in which some sources take part, and whether they make its sweep change nothing."""
-        shared = [lookup.read(row.name, row.t) for lookup in self.varying]
-        own = [lookup.read(row.inputs[i], row.t) for i in takers for lookup in self.varying_models[i]]
+        shared = [lookup.read(row, row.name) for lookup in self.varying]
+        own = [lookup.read(row, row.inputs[i]) for i in takers for lookup in self.varying_models[i]]
         key = (takers, *shared, *own)
         if key not in self.made:
             self.made[key] = self._make(row, takers)
@@ -46,9 +47,9 @@ class Resolver:
 
     def _make(self, row: Row, takers: tuple[int, ...]) -> tuple[Settings, bool]:
         settings = Settings(
-            {lookup.parameter.name: self._needed(lookup, row.name, row.t) for lookup in self.shared},
+            {lookup.parameter.name: self._needed(lookup, row, row.name) for lookup in self.shared},
             tuple(
-                {lookup.parameter.name: self._needed(lookup, row.inputs[i], row.t) for lookup in self.models[i]}
+                {lookup.parameter.name: self._needed(lookup, row, row.inputs[i]) for lookup in self.models[i]}
                 for i in takers
             ),
         )
@@ -65,8 +66,8 @@ class Resolver:
             )
         return settings, sweep == Sweep((Part(),))
 
-    def _needed(self, lookup: _Lookup, tensor: str, t: float) -> Value:
-        value = lookup.read(tensor, t)
+    def _needed(self, lookup: _Lookup, row: Row, tensor: str) -> Value:
+        value = lookup.read(row, tensor)
         if value is None and lookup.parameter.required:
             raise RecipeError(
                 f"{self.method.name} needs the parameter {lookup.parameter.name}, and nothing gives it for {tensor!r}",
@@ -85,10 +86,10 @@ class _Lookup:
         self.constant = self.settings[0].constant if self.settings else parameter.default
         self.varies = bool(self.settings) and self.constant is None
 
-    def read(self, tensor: str, t: float) -> Value:
+    def read(self, row: Row, tensor: str) -> Value:
         if not self.varies:
             return self.constant
-        values = (setting.read(tensor, t) for setting in self.settings)
+        values = (setting.read(tensor, row.t) for setting in self.settings)
         return next((value for value in values if value is not None), self.parameter.default)
 
 
