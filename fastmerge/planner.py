@@ -326,6 +326,19 @@ _PASSTHROUGH = METHODS["passthrough"]
 _AS_IT_IS = Settings({}, ({"scale": None},))
 
 
+@dataclass(slots=True)
+class _Way:
+    """How tensors are merged that the same models have in the same dtypes; models are known by their place in the
+    slice. `resolved` are the settings of each variant, and whether with all of them the sweep changes nothing."""
+
+    stored: str
+    dtype: str
+    method: Method
+    takers: tuple[int, ...]
+    base: tuple[int, ...]  # what deltas are taken from, where they are
+    resolved: tuple[tuple[Settings, ...], bool] | None = None
+
+
 class Planner:
     """Plans one document, given as often as it has variants, whose `parameters` alone differ."""
 
@@ -392,14 +405,16 @@ class Planner:
 
     def jobs(self, module: Module, slice_: Slice, rows: Iterable[Row]) -> Iterator[Job]:
         """The jobs of a slice, without the tensors that do not fit."""
-        document, lead = self.document, slice_.base or 0
+        document = self.document
         resolvers = [Resolver(variant, module, slice_, self.seed) for variant in self.documents]
         models = [self.index[source.model] for source in slice_.sources]
         tensors = [self.models[model].tensors for model in models]
         origin = slice_.base if document.method.base.apart else None
         order = [i for i in range(len(models)) if i != origin]
         if document.method.base is Base.ENDPOINT:
-            order.sort(key=lambda i: i != lead)
+            order.sort(key=lambda i: i != (slice_.base or 0))
+        varies = any(resolver.varies for resolver in resolvers)
+        ways: dict[tuple[str | None, ...], _Way] = {}
         for row in rows:
             infos = [held.get(name) for held, name in zip(tensors, row.inputs, strict=True)]
             if self.rows is not None:
@@ -409,33 +424,42 @@ class Planner:
                 ]
             if not self.fit.tensor(row.name, models, infos, origin):
                 continue
+            dtypes = tuple([info and info.dtype for info in infos])
+            if dtypes not in ways:
+                ways[dtypes] = self.way(infos, order, origin)
+            way = ways[dtypes]
             sources = list(map(Source, models, row.inputs))
-            found = {i: info for i, info in enumerate(infos) if info is not None}
-            first = next(iter(found.values()))
-            stored = first.dtype
-            if stored in BUFFERS and not self.same(row.name, stored, sources, infos):
+            if way.stored in BUFFERS and not self.same(row.name, way.stored, sources, infos):
                 continue
-            takers = tuple([i for i in order if i in found])
-            if stored in BUFFERS or not takers:  # what is the same in all, or in the base alone, stays as it is
-                takers = takers[:1] or (lead,)
-                method, base, resolved = _PASSTHROUGH, None, [(_AS_IT_IS, True)] * len(resolvers)
-            else:
-                method = document.method
-                alone = method.base is Base.OPTIONAL and len(takers) == 1  # then it stays as it is
-                base = None if origin is None or alone else sources[origin]
-                resolved = [resolver.resolve(row, takers) for resolver in resolvers]
-            dtype = stored if stored in BUFFERS else document.out_dtype or document.dtype or common(found.values())
-            settings, identities = zip(*resolved, strict=True)
-            copy = base is None and dtype == stored and all(identities)
-            if copy or stored in FLOATS:
-                inputs = tuple([sources[i] for i in takers])
-                read = tuple([found[i] for i in (takers if base is None or origin is None else (*takers, origin))])
-                nbytes = sum([info.nbytes for info in read])
+            resolved = way.resolved or _resolved(resolvers, row, way.takers)
+            if not varies:
+                way.resolved = resolved
+            settings, unchanged = resolved
+            copy = unchanged and not way.base and way.dtype == way.stored
+            if copy or way.stored in FLOATS:
+                inputs = tuple([sources[i] for i in way.takers])
+                base = sources[way.base[0]] if way.base else None
+                read = tuple([info for i in way.takers + way.base if (info := infos[i])])
+                nbytes = sum([info.end - info.begin for info in read])
                 gather = self.gather(row, models, (*inputs, base) if base else inputs) if self.gathers else None
-                yield Job(row.name, dtype, first.shape, inputs, base, read, nbytes, method, settings, copy, gather)
+                shape = read[0].shape
+                yield Job(row.name, way.dtype, shape, inputs, base, read, nbytes, way.method, settings, copy, gather)
             else:
-                holder = self.fit.name(sources[takers[0]].model)
-                self.fit.problems.append(f"{row.name!r} is {stored} in {holder}: dequantise it to merge it")
+                holder = self.fit.name(sources[way.takers[0]].model)
+                self.fit.problems.append(f"{row.name!r} is {way.stored} in {holder}: dequantise it to merge it")
+
+    def way(self, infos: Sequence[TensorInfo | None], order: Sequence[int], origin: int | None) -> _Way:
+        """How a tensor is merged that is in these models, with deltas from the one at `origin`."""
+        held = {i: info for i, info in enumerate(infos) if info is not None}
+        first, stored = next((i, info.dtype) for i, info in held.items())
+        takers = tuple([i for i in order if i in held])
+        dtype = stored if stored in BUFFERS else self.document.out_dtype or self.document.dtype or common(held.values())
+        if stored in BUFFERS or not takers:  # what is the same in all, or in the base alone, stays as it is
+            as_it_is = (_AS_IT_IS,) * len(self.documents), True
+            return _Way(stored, dtype, _PASSTHROUGH, takers[:1] or (first,), (), as_it_is)
+        method = self.document.method
+        alone = method.base is Base.OPTIONAL and len(takers) == 1  # then it stays as it is
+        return _Way(stored, dtype, method, takers, () if alone or origin is None else (origin,))
 
     def gather(self, row: Row, models: Sequence[int], sources: Sequence[Source]) -> Gather | None:
         """How the inputs of a tensor come about, where they are not all stored as they are."""
@@ -479,6 +503,11 @@ class Planner:
                 assert isinstance(held, Checkpoint | Planned)
                 model = held
         return model, name
+
+
+def _resolved(resolvers: Sequence[Resolver], row: Row, takers: tuple[int, ...]) -> tuple[tuple[Settings, ...], bool]:
+    settings, unchanged = zip(*[resolver.resolve(row, takers) for resolver in resolvers], strict=True)
+    return settings, all(unchanged)
 
 
 def _tokenizer_of(model: lora.Base) -> Mapping[str, bytes]:
