@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from . import backends
@@ -88,18 +89,15 @@ class Reader:
         ]
 
     def mapped(self, jobs: Sequence[Job]) -> Batch:
-        owners: list[object] = []
-        inputs = []
-        addresses = [model.address for model in self.models]
-        for job in jobs:
-            raw = self.raw(job)
-            views = []
-            for (model, name), info in zip(job.sources, job.infos, strict=True):
-                address, owner = addresses[model](name)
-                views.append(View(address, "U8" if raw else info.dtype))
-                owners.append(owner)
-            inputs.append(inputs_of(job, job.nbytes if raw else job.infos[0].elements, views))
-        return Batch(list(jobs), inputs, owners)
+        address_in = [model.address for model in self.models]
+        held = [address_in[model](name) for job in jobs for model, name in job.sources]
+        dtypes = ["U8" if self.raw(job) else info.dtype for job in jobs for info in job.infos]
+        views = map(View, [address for address, _ in held], dtypes)
+        inputs = [
+            Inputs(self.elements(job), tuple(islice(views, len(job.inputs))), next(views) if job.base else None)
+            for job in jobs
+        ]
+        return Batch(list(jobs), inputs, [owner for _, owner in held])
 
 
 def inputs_of(job: Job, elements: int, views: Sequence[View], begin: int = 0) -> Inputs:

@@ -416,8 +416,9 @@ def _done(
     choice, size, room = work.choice, attrgetter("nbytes"), Room()
 
     def targets(job: Job) -> list[Target]:
+        dtype = reader.output(job)
         places = [writer.target(job.name) for writer in writers]  # holds the files open
-        return [Target(reader.output(job), offset, file) for file, offset in places]
+        return [Target(dtype, offset, file) for file, offset in places]
 
     def by_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Sequence[Job], Sequence[Found]]]:
         wanted = "auto" if choice.gpu else choice.backend

@@ -59,14 +59,14 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = {
             tensor: info for shard in shards.values() for tensor, info in shard.tensors.items()
         }
-        self._file_of = {tensor: file for file, shard in shards.items() for tensor in shard.tensors}
+        self._number_of = {tensor: i for i, shard in enumerate(shards.values()) for tensor in shard.tensors}  # its file
         self._shards = shards
-        self._mapped: dict[Path, _Mapped] = {}
+        self._mapped: dict[int, _Mapped] = {}
         self._lock = threading.Lock()
 
     def file_of(self, tensor: str) -> Path:
         """The file that holds a tensor; KeyError when none does."""
-        return self._file_of[tensor]
+        return self.files[self._number_of[tensor]]
 
     def hash_of(self, name: str) -> str:
         """The hash of a tensor's bytes, as records have it, read from its file."""
@@ -80,11 +80,11 @@ class Checkpoint:
         Raises CheckpointError when the file is no longer the one that was opened. Any number of owners may be alive: a
         mapping holds no open file.
         """
-        file = self._file_of[tensor]
-        mapped = self._mapped.get(file)
+        number = self._number_of[tensor]
+        mapped = self._mapped.get(number)
         if mapped is None:
             with self._lock:
-                mapped = self._mapped[file] = self._map(file)
+                mapped = self._mapped[number] = self._map(self.files[number])
                 if len(self._mapped) > KEPT_MAPPINGS:
                     self._mapped.pop(next(iter(self._mapped)))
         return mapped.address + self.tensors[tensor].begin, mapped
