@@ -425,9 +425,8 @@ class Planner:
             if not self.fit.tensor(row.name, models, infos, origin):
                 continue
             dtypes = tuple([info and info.dtype for info in infos])
-            if dtypes not in ways:
-                ways[dtypes] = self.way(infos, order, origin)
-            way = ways[dtypes]
+            if (way := ways.get(dtypes)) is None:
+                way = ways[dtypes] = self.way(infos, order, origin)
             sources = list(map(Source, models, row.inputs))
             if way.stored in BUFFERS and not self.same(row.name, way.stored, sources, infos):
                 continue

@@ -241,17 +241,16 @@ def _tensor_lines(stage: Stage, variant: int, hashes: Mapping[str, str]) -> Iter
     """A line for each tensor in the order of the files; tensors alike in all but name and hash share their text."""
     names = [model.text for model in stage.document.models]
     jobs = {job.name: job for job in stage.jobs}
-    texts: dict[tuple[object, ...], str] = {}
     for shard in stage.layout.shards:
+        texts: dict[tuple[object, ...], str] = {}
         for name in shard.offsets:
             job = jobs[name]
             settings, models = job.variants[variant], tuple([source.model for source in job.inputs])
-            alike = job.method, job.copy, id(settings.shared), id(settings.models), models
-            key = shard.name, job.dtype, job.shape, *alike
-            if key not in texts:
+            key = job.dtype, job.shape, job.method, job.copy, id(settings.shared), id(settings.models), models
+            if (text := texts.get(key)) is None:
                 place = f'"file": {_json(shard.name)}, "dtype": "{job.dtype}", "shape": {_json(job.shape)}'
-                texts[key] = f"{place}, {_settings(job, variant, [names[model] for model in models])}"
-            yield f'{_json(name)}: {{{texts[key]}, "hash": "{hashes[name]}"}}'
+                text = texts[key] = f"{place}, {_settings(job, variant, [names[model] for model in models])}"
+            yield f'{_json(name)}: {{{text}, "hash": "{hashes[name]}"}}'
 
 
 def _settings(job: Job, variant: int, names: Sequence[str]) -> str:
@@ -267,7 +266,8 @@ _json = json.JSONEncoder(allow_nan=False).encode
 
 
 def _block(opening: str, lines: Iterable[str], closing: str) -> str:
-    return "\n".join([f"  {opening}", ",\n".join(f"    {line}" for line in lines), f"  {closing}"])
+    inside = ",\n    ".join(lines)
+    return "\n".join([f"  {opening}", f"    {inside}" if inside else "", f"  {closing}"])
 
 
 # --- read again ---
