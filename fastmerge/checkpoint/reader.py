@@ -56,17 +56,16 @@ class Checkpoint:
         self.commit = commit
         self.config: dict[str, Any] = _config(folder)
         self.files = tuple(shards)
-        self.tensors: Mapping[str, TensorInfo] = {
-            tensor: info for shard in shards.values() for tensor, info in shard.tensors.items()
-        }
-        self._number_of = {tensor: i for i, shard in enumerate(shards.values()) for tensor in shard.tensors}  # its file
+        held = [shard.tensors for shard in shards.values()]
+        self.tensors = held[0] if len(held) == 1 else {name: info for each in held for name, info in each.items()}
+        self._later = {name: i for i, each in enumerate(held) if i for name in each}  # its file, if not the first
         self._shards = shards
         self._mapped: dict[int, _Mapped] = {}
         self._lock = threading.Lock()
 
     def file_of(self, tensor: str) -> Path:
         """The file that holds a tensor; KeyError when none does."""
-        return self.files[self._number_of[tensor]]
+        return self.files[self._later.get(self.tensors[tensor].name, 0)]
 
     def hash_of(self, name: str) -> str:
         """The hash of a tensor's bytes, as records have it, read from its file."""
@@ -80,14 +79,14 @@ class Checkpoint:
         Raises CheckpointError when the file is no longer the one that was opened. Any number of owners may be alive: a
         mapping holds no open file.
         """
-        number = self._number_of[tensor]
+        begin, number = self.tensors[tensor].begin, self._later.get(tensor, 0)
         mapped = self._mapped.get(number)
         if mapped is None:
             with self._lock:
                 mapped = self._mapped[number] = self._map(self.files[number])
                 if len(self._mapped) > KEPT_MAPPINGS:
                     self._mapped.pop(next(iter(self._mapped)))
-        return mapped.address + self.tensors[tensor].begin, mapped
+        return mapped.address + begin, mapped
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError when a file's size, time or inode differ from when it was opened."""
