@@ -475,16 +475,16 @@ def _nonfinite(job: Job, found: Found, models: Sequence[Checkpoint]) -> NonFinit
 
 def _warn_of_no_deltas(stage: Stage, models: Sequence[Checkpoint]) -> None:
     """A base that is each of its models: every delta is zero, and the output is the base."""
-    jobs = [(job.base, job.inputs) for job in stage.jobs if job.base is not None]
     # Frozen embeddings may be equal to the last byte: a look at the start of each tensor settles nearly all cases.
     if (
-        jobs
+        any(job.base for job in stage.jobs)
         and not any(job.gather for job in stage.jobs)
         and all(
             same_bytes(models[base.model], base.tensor, models[source.model], source.tensor, start_only=start_only)
             for start_only in (True, False)
-            for base, inputs in jobs
-            for source in inputs
+            for job in stage.jobs
+            if (base := job.base)
+            for source in job.inputs
         )
     ):
         warnings.warn(

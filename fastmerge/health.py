@@ -131,7 +131,7 @@ class Checkup:
         self._stage = stage
         self._reader = reader
         self._jobs = [job for job in stage.jobs if not job.copy and job.gather is None]
-        self._wanted = {job.name for job in _spread([job for job in self._jobs if job.infos[0].elements])}
+        self._wanted = {job.name for job in _spread([job for job in self._jobs if job.nbytes])}
         self._nonfinite: dict[str, tuple[int, ...]] = {}
         self._looks: dict[str, _Look] = {}
         self._waiting: list[Job] = []

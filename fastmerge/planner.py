@@ -84,12 +84,12 @@ class Job(NamedTuple):
     @property
     def direct(self) -> bool:
         """Whether it is no sweep, but a function of whole tensors."""
-        return not self.copy and (self.method.direct or by_columns(self.settings))
+        return not self.copy and (self.method.direct or by_columns(self.variants[0]))
 
     @property
     def passes(self) -> int:
         """How often the inputs are read: once, and once more for each thing that the method measures first."""
-        return 1 if self.copy or self.direct else _passes(self.method, self.variants)
+        return 1 if self.copy else _passes(self.method, self.variants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +273,8 @@ def _fetched(repository: Repository, **kind: bool) -> Snapshot:
 
 @lru_cache
 def _passes(method: Method, variants: tuple[Settings, ...]) -> int:
+    if method.direct or by_columns(variants[0]):
+        return 1
     matching = [settings for settings in variants if rescale_of(method, settings) is not Rescale.NONE]
     selections = len(_densities(variants)) if method.selects else 0
     return 1 + selections + method.gram + len(_densities(matching))
