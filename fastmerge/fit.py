@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from .checkpoint import Checkpoint, TensorInfo, same_bytes
 from .configs import Described, stated
@@ -64,13 +64,15 @@ class Fit:
             if name in model.tensors
         )
 
-    def check(self, place: str, merged: Collection[int]) -> None:
+    def check(self, place: str, merged: Iterable[int]) -> None:
         """Raises `MismatchError` with the first problems, and with quantised weights among the models `merged`; warns
         of models that lack tensors."""
+        codes = {model: reason for model, held in enumerate(self.models) if (reason := _quantised(held)) is not None}
+        counted = codes if self.problems or not codes else codes.keys() & set(merged)
         quantised = [
             f"{self.name(model)} is quantised ({reason}): dequantise it first"
-            for model in range(len(self.models))
-            if (model in merged or self.problems) and (reason := _quantised(self.models[model])) is not None
+            for model, reason in codes.items()
+            if model in counted
         ]
         if problems := [*quantised, *self.problems]:
             renames = [rename for model in range(1, len(self.models)) if (rename := self._rename(model)) is not None]

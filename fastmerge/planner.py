@@ -366,7 +366,7 @@ class Planner:
             for slice_, rows in tower.slices
             for job in self.jobs(tower.module, slice_, (row for row in rows if row.name not in left_out))
         ]
-        self.fit.check(self.document.place, {source.model for job in jobs if not job.copy for source in job.sources})
+        self.fit.check(self.document.place, (source.model for job in jobs if not job.copy for source in job.sources))
         _warn_of_filters(self.document, jobs)
         _check_scope(self.document, jobs)
         _check_rows(self.document, jobs)
@@ -418,7 +418,7 @@ class Planner:
         varies = any(resolver.varies for resolver in resolvers)
         ways: dict[tuple[str | None, ...], _Way] = {}
         for row in rows:
-            infos = [held.get(name) for held, name in zip(tensors, row.inputs, strict=True)]
+            infos = [tensors[i].get(name) for i, name in enumerate(row.inputs)]
             if self.rows is not None:
                 infos = [
                     self.rows.resized(info) if info is not None and self.rows.covers(model, info) else info
