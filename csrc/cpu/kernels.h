@@ -88,7 +88,7 @@ struct Kernels {
   // One sweep over `count` elements from `begin` (a multiple of CHUNK) into each of the outputs, whose lambda goes
   // before the sweep's. Returns the largest magnitude, as bits, among the outputs and those deltas that might not reach
   // them: below 0x7f800000 where all is finite. `counts` (with Keep::ABOVE, or nullptr): [models][2], how many elements
-  // lie above each model's magnitude and how many equal it, right where all is finite.
+  // of each model are kept and how many equal its magnitude, right where all is finite.
   uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, DType out_dtype,
                     const Output* outputs, int settings, uint16_t* counts, Scratch&);
 

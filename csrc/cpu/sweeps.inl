@@ -11,7 +11,7 @@ struct Call {
   bool rescaled;          // some part's rescale is not 1
   const Output* outputs;  // those past the caches start a line
   int settings;
-  uint32_t* counts;  // [models][2] or nullptr: of elements above each part's magnitude and equal to it
+  uint32_t* counts;  // [models][2] or nullptr: of elements kept and of those equal to each part's magnitude
 };
 
 // One sweep over [from, to) of a chunk, whole lines. The outputs are float32, or of the inputs' own dtype. Reads models
@@ -56,10 +56,8 @@ uint32_t sweep_run(const Call& call, int from, int to) {
         const U magnitude = L::magnitude(deltas[v]);
         masks[v] = L::at_least(magnitude, threshold);
         if (call.counts) {
-          const U cut = L::word(to_bits(call.parts[model].magnitude));
-          const uint32_t not_below = count_of(L::at_least(magnitude, cut)), equal = count_of(L::equal(magnitude, cut));
-          call.counts[model * 2] += not_below - equal;
-          call.counts[model * 2 + 1] += equal;
+          call.counts[model * 2] += count_of(masks[v]);
+          call.counts[model * 2 + 1] += count_of(L::equal(magnitude, L::word(to_bits(call.parts[model].magnitude))));
         }
       }
       if (rescaled) deltas[v] = deltas[v] * L::set(call.parts[model].rescale);
@@ -291,8 +289,9 @@ uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int6
   }
   if (!direct) narrow(scratch.out, count, out_dtype, outputs->to);
   for (int i = 0; counts && i < tensor.models * 2; ++i) {
-    const bool padding_is_equal = i % 2 == 1 && parts[i / 2].magnitude == 0.0f;
-    counts[i] = static_cast<uint16_t>(sums[i] - static_cast<uint32_t>(padding_is_equal ? padded(count) - count : 0));
+    const Part& part = parts[i / 2];
+    const bool padding_too = part.magnitude == 0.0f && (i % 2 == 1 || tensor.begin + begin < part.ties_end);
+    counts[i] = static_cast<uint16_t>(sums[i] - static_cast<uint32_t>(padding_too ? padded(count) - count : 0));
   }
   return worst;
 }

@@ -8,7 +8,7 @@
 
 namespace fastmerge {
 
-// How many elements of each model lie above its magnitude and how many equal it, chunk by chunk: [chunks][models][2].
+// How many elements of each model are kept and how many equal its magnitude, chunk by chunk: [chunks][models][2].
 struct Counts {
   std::vector<uint16_t> each;
   std::atomic<bool> odd{false};  // something is not finite or overflowed: then the counts say nothing
