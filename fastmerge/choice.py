@@ -50,7 +50,7 @@ class Choice:
         else:
             self.reason = "cpu: there is no GPU"
         if self.backend == "auto" and not backends.why_not("torch") and (reason := backends.why_not("cpu")):
-            warnings.warn(f"torch computes, slowly: {reason}", FastmergeWarning, stacklevel=5)
+            warnings.warn(f"torch computes, slowly: {reason}", FastmergeWarning, stacklevel=4)
 
     def after(self, nbytes: int, seconds: float, left: int) -> None:
         """The CPU has merged so many bytes of inputs in this time, and so many are left."""

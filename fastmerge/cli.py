@@ -476,9 +476,10 @@ def _merge(
         options.pop("quiet", None)
         figures = options.pop("health", False)
         from .engine import merge as run
+        from .planner import uncollected
 
         for one, place in _steps(recipe, out, between, lazy, quiet):
-            with showing.bar(quiet) as progress:
+            with uncollected(), showing.bar(quiet) as progress:
                 report = run(one, place, progress=progress, **options)
             if not quiet:
                 click.echo(showing.closing(report))

@@ -81,7 +81,6 @@ class Report:
         return (self.bytes_read + self.bytes_written) / self.seconds / 1e9
 
 
-@uncollected()
 def merge(
     recipe: Recipe | str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -196,7 +195,7 @@ def merge(
             )
             writer.commit({**beside, provenance.FILE: record})
     for sentence in (*odd, *health.warnings):
-        warnings.warn(sentence, FastmergeWarning, stacklevel=3)
+        warnings.warn(sentence, FastmergeWarning, stacklevel=2)
     spared_read, spared_written = work.spared_bytes
     return Report(
         Path(out),
@@ -422,10 +421,11 @@ def _done(
 
     def by_cpu(jobs: Sequence[Job]) -> Iterator[tuple[Sequence[Job], Sequence[Found]]]:
         wanted = "auto" if choice.gpu else choice.backend
-        for mine, found in on_cpu(jobs, reader, cuts, targets, wanted, work.worked, work.run, room):
-            for writer in writers:
-                writer.written(job.name for job in mine)
-            yield mine, found
+        with uncollected():
+            for mine, found in on_cpu(jobs, reader, cuts, targets, wanted, work.worked, work.run, room):
+                for writer in writers:
+                    writer.written(job.name for job in mine)
+                yield mine, found
 
     done, left_bytes = 0, sum(map(size, todo))
     for jobs in in_batches(stage, todo, size, BATCH_BYTES):

@@ -190,8 +190,8 @@ class Plan:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the garbage collector: nearly all objects made here stay as long as the merge, and looking for cycles
-    among ever more of them took a quarter of the time of a merge of tiny tensors."""
+    """Without the garbage collector: nearly all objects made here stay, and looking for cycles among ever more of them
+    took a quarter of the time of a merge of tiny tensors."""
     enabled = gc.isenabled()
     gc.disable()
     try:
