@@ -34,13 +34,12 @@ struct Share {
   select(task);
 }
 
-// The last tiles first, as they were counted last. Tile by tile from shared memory, and two models at a time: what a
-// loop needs on top of its tile spills otherwise.
+// The last tiles first, as they were counted last.
 template <Mass by>
 [[gnu::noinline]] __device__ void sweep_apart(const RankedParams& params, const Share& share) {
   const Item& item = params.items[share.task.number];
   for (int64_t tile = share.to; --tile >= share.from;) {
-    sweep_tiles<Keep::ABOVE, Elect::WEIGHTED, by, 2>(params.table, item, share.task.in.cuts, tile, tile + 1);
+    sweep_tiles<Keep::ABOVE, Elect::WEIGHTED, by>(params.table, item, share.task.in.cuts, tile, tile + 1);
   }
 }
 

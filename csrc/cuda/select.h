@@ -489,7 +489,7 @@ __device__ __forceinline__ void count_tile(const View* views, const View* base_v
   };
   for (int64_t at = begin + threadIdx.x * EIGHT; at < end; at += SELECT_THREADS * EIGHT) {
     const int valid = layout == Layout::ANY ? static_cast<int>(lesser(EIGHT, end - at)) : EIGHT;
-    Raw8 raw[AT_ONCE];
+    Raw8 raw[AT_ONCE] = {};  // else what is not read counts as alive all through the kernel, and takes its registers
     float base[EIGHT] = {};
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {

@@ -10,7 +10,7 @@ namespace fastmerge {
 namespace {
 
 // Models whose elements are asked for before the first is used: three and the base fit into the registers on every
-// card, where a kernel does nothing else.
+// card.
 constexpr int TOGETHER = 3;
 
 using Count = unsigned long long;  // what the card's atomics count in
@@ -192,7 +192,7 @@ struct Sweeping {
 
 // The tiles `from` ... `to` - 1 of a tensor, by every thread of a block; a tile is eight elements for each of them.
 // Threads do not wait for one another. `cuts`, one per model, are in place of the parts' own; or there are none.
-template <Keep keep, Elect elect, Mass by, int together = TOGETHER>
+template <Keep keep, Elect elect, Mass by>
 __device__ __forceinline__ void sweep_tiles(const char* table, const Item& item, const Cut* cuts, int64_t from,
                                             int64_t to) {
   const int models = item.models;
@@ -210,23 +210,23 @@ __device__ __forceinline__ void sweep_tiles(const char* table, const Item& item,
       Sweeping<keep, elect, by> sweeping;
       sweeping.start();
 #pragma unroll 1
-      for (int group = 0; group < models; group += together) {
+      for (int group = 0; group < models; group += TOGETHER) {
         uint32_t kept = 0;  // a byte per model, drawn before the loads: both at once take too many registers
         if constexpr (keep == Keep::BERNOULLI) {
 #pragma unroll 1
-          for (int m = 0; m < together && group + m < models; ++m) {
+          for (int m = 0; m < TOGETHER && group + m < models; ++m) {
             const Part& part = parts[group + m];
             kept |= drawn(part.key, part.cut, item.begin + at) << (8 * m);
           }
         }
-        Raw8 raws[together];
+        Raw8 raws[TOGETHER] = {};  // else what is not read counts as alive all through the kernel
 #pragma unroll
-        for (int m = 0; m < together; ++m) {
+        for (int m = 0; m < TOGETHER; ++m) {
           if (group + m < models) raws[m] = raw8(views[group + m], at, item.elements);
         }
         if (group == 0) widen8(raw, has_base ? dtype_of(views[models]) : DType::F32, base);
 #pragma unroll
-        for (int m = 0; m < together; ++m) {
+        for (int m = 0; m < TOGETHER; ++m) {
           if (group + m >= models) continue;
           float delta[EIGHT];
           widen8(raws[m], dtype_of(views[group + m]), delta);
