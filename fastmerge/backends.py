@@ -165,6 +165,19 @@ class Ops:
         provider: Any = self._working("merge")
         return list(provider.compute(tensors, functions, targets, run))
 
+    def scratch_bytes(self, tensors: int, elements: int, models: int, settings: int, ranks: int, run: Run) -> int:
+        """What an op takes at most beside its tensors, on the device and pinned; 0 where the provider does not say."""
+        provider: Any = self._by["merge"]
+        if not hasattr(provider, "scratch_bytes"):
+            return 0
+        return int(provider.scratch_bytes(tensors, elements, models, settings, ranks, run))
+
+    def release_scratch(self, run: Run) -> None:
+        """Gives back what the ops have kept of that."""
+        provider: Any = self._by["merge"]
+        if hasattr(provider, "release_scratch"):
+            provider.release_scratch(run)
+
     def devices(self) -> list[Device]:
         return _devices(self._by["merge"])
 

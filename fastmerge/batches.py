@@ -15,8 +15,8 @@ from .sweep import Found, Inputs, Target, View
 
 #: Inputs that are measured and swept together, in bytes: small enough to be in the page cache the second time.
 BATCH_BYTES = 1 << 28
-_BATCH_JOBS = 512
-_BATCH_ROWS = 4096  # of one tensor
+BATCH_JOBS = 512
+BATCH_ROWS = 4096  # of one tensor
 _BATCH_FILES = 16  # of all outputs that a batch writes to, which are open together
 
 
@@ -38,7 +38,7 @@ def in_batches(stage: Stage, jobs: Sequence[Job], size: Callable[[Job], int], mo
     for job in jobs:
         file, nbytes = file_of[job.name], size(job)
         many = len(files) * len(job.variants) >= _BATCH_FILES and file not in files
-        full = filled + nbytes > most or len(batch) >= _BATCH_JOBS or many
+        full = filled + nbytes > most or len(batch) >= BATCH_JOBS or many
         if batch and full:
             yield batch
             batch, files, filled = [], set(), 0
@@ -117,8 +117,8 @@ def in_rows(width: int, inputs: Inputs, targets: Sequence[Target]) -> Iterator[t
         target.dtype: DTYPE_BITS[target.dtype] // 8 * width for target in targets
     }
     starts = range(inputs.elements // width)
-    for at in range(0, len(starts), _BATCH_ROWS):
-        rows = starts[at : at + _BATCH_ROWS]
+    for at in range(0, len(starts), BATCH_ROWS):
+        rows = starts[at : at + BATCH_ROWS]
         views = [[View(address + row * pitch[dtype], dtype) for address, dtype in inputs.views] for row in rows]
         yield (
             [Inputs(width, tuple(each[: len(inputs.models)]), each[-1] if inputs.base else None) for each in views],

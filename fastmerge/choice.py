@@ -68,11 +68,11 @@ class Choice:
             gpu = backends.Ops("auto", (), "gpu", self.worked)
             devices = gpu.devices()
             bus = bus_rate(devices[0], self.clock)
-        except BackendError as error:
-            self.reason = f"cpu: {error}"
-            return
         except MemoryError:
             self.reason = "cpu: the memory of the GPU is full"
+            return
+        except (BackendError, RuntimeError) as error:  # a driver's, of a card that is busy or broken
+            self.reason = f"cpu: {error}"
             return
         over = f"{bus / 1e9:.1f} GB/s over the bus of {devices[0].name}"
         rest = f"with {left / 1e9:.1f} GB left"

@@ -137,6 +137,20 @@ def workspace_bytes(inputs: Inputs, run: Run) -> int:
     return _cuda.workspace_bytes(_records.rows([inputs]), run.device)
 
 
+def scratch_bytes(tensors: int, elements: int, models: int, settings: int, ranks: int, run: Run) -> int:
+    """The most memory that an op takes beside its tensors, of the GPU and pinned together.
+
+    That is, when it is given no more tensors than this, of so many elements together, so many models and settings each;
+    `ranks` is how many magnitudes a selection finds, 0 where nothing is selected. Ops keep it for those that follow.
+    """
+    return _cuda.scratch_bytes(tensors, elements, models, settings, ranks, run.device)
+
+
+def release_scratch(run: Run) -> None:
+    """Gives back what ops have kept on a GPU."""
+    _cuda.release_scratch(run.device)
+
+
 def device(index: int) -> Device:
     """A GPU's memory and streams."""
     return Device(index, _cuda.device_name(index))

@@ -23,11 +23,12 @@ from itertools import chain, groupby
 from typing import NamedTuple
 
 from . import backends, gds, memory
-from .batches import BATCH_BYTES, Batch, Reader, in_batches, inputs_of, joined, row_of
+from .batches import BATCH_BYTES, BATCH_JOBS, BATCH_ROWS, Batch, Reader, in_batches, inputs_of, joined, row_of
 from .checkpoint import Writer
 from .checkpoint.header import open_regular
 from .errors import BackendError
 from .measures import Cuts, measured, swept
+from .methods import ranks
 from .planner import Job, Stage
 from .sweep import SWEPT, Found, Run, Sweep, Target, View
 
@@ -60,6 +61,7 @@ def block(device: backends.Device, nbytes: int) -> Iterator[Block]:
         undo.callback(device.unpin, pinned)
         stream = device.stream()
         undo.callback(device.close, stream)
+        undo.callback(device.synchronize, stream)  # where an error left copies under way
         yield Block(on_device, pinned, stream)
 
 
@@ -81,9 +83,9 @@ def bus_rate(device: backends.Device, clock: Callable[[], float] = time.perf_cou
 class Streamer:
     """The way of a stage's jobs through GPUs.
 
-    `gpu_memory` bounds the blocks of all lanes of a GPU, pinned and of the device together; by default it is 8 GB, or
-    what the GPU has free where that is less. A lane has its share of that, and no more than the largest job or a batch
-    needs. The tables and scratch memory of the ops come on top. Where memory runs out, all lanes make do with half.
+    `gpu_memory` bounds what all lanes of a GPU take, pinned and of the device together: their blocks, and the tables
+    and scratch memory of the ops. By default it is 8 GB, or what the GPU has free where that is less. A lane has its
+    share of that, and no more than the largest job or a batch needs. Where memory runs out, all make do with half.
     """
 
     stage: Stage
@@ -112,6 +114,9 @@ class Streamer:
         """
         traffic = _Traffic()
         with ExitStack() as opened:
+            for number in range(len(self.devices)):
+                self.ops.release_scratch(Run(device=number))  # of earlier merges
+                opened.callback(self.ops.release_scratch, Run(device=number))
             lanes, nbytes = self._open(jobs, traffic, opened)
             threads = [threading.Thread(target=lane.work, daemon=True) for lane in lanes]
             try:
@@ -140,15 +145,46 @@ class Streamer:
                 return lanes, nbytes
             nbytes = nbytes // 2 // _ALIGNED * _ALIGNED
         raise BackendError(
-            f"{self.devices[0].name} needs {2 * LANES * SMALLEST:,} bytes to merge, half of them its own and half in "
-            "the memory of the host: free some, pass more as --gpu-memory, or merge with --backend cpu"
+            f"{self.devices[0].name} needs {LANES * (2 * SMALLEST + self._scratch_bytes(jobs)(SMALLEST)):,} bytes to "
+            "merge, about half of them its own and half in the memory of the host: free some, pass more as "
+            "--gpu-memory, or merge with --backend cpu"
         )
 
     def _block_bytes(self, jobs: Sequence[Job]) -> int:
+        """Of a lane's blocks, which with the scratch memory of an op take no more than the lane's share."""
         sizes = [_room(job, self.reader) for job in jobs]
         useful = max(max(sizes), min(BATCH_BYTES, sum(sizes) // (LANES * len(self.devices))), SMALLEST)
         bound = self.gpu_memory or min(_MEMORY, *(device.free_bytes() for device in self.devices))
-        return min(bound // (2 * LANES) // _ALIGNED * _ALIGNED, _aligned(useful))
+        share, scratch = bound // LANES, self._scratch_bytes(jobs)
+        nbytes = min(share // 2 // _ALIGNED * _ALIGNED, _aligned(useful))
+        while nbytes >= SMALLEST and (beside := scratch(nbytes)) > share - 2 * nbytes:
+            nbytes = max((share - beside) // 2, nbytes // 2) // _ALIGNED * _ALIGNED
+        return nbytes
+
+    def _scratch_bytes(self, jobs: Sequence[Job]) -> Callable[[int], int]:
+        """What an op takes at most, on the largest GPU, for what lies in blocks of so many bytes."""
+        mine = [(job, _held(job, self.reader)) for job in jobs if not self.reader.raw(job)]
+        if not mine:
+            return lambda nbytes: 0
+        pitches = [sum(SWEPT[dtype] for dtype in held) for _, held in mine]
+        least = _ALIGNED * min(len(held) for _, held in mine)  # of a tensor
+        rows = [
+            (row, pitch, self.reader.elements(job))
+            for (job, _), pitch in zip(mine, pitches, strict=True)
+            if (row := row_of(job))
+        ]
+        models = max(len(job.inputs) for job, _ in mine)
+        settings = max(len(job.variants) for job, _ in mine)
+        wanted = max(len(ranks(each, 1)) if job.method.selects else 0 for job, _ in mine for each in job.variants)
+
+        def scratch(nbytes: int) -> int:
+            whole = min(len(mine), BATCH_JOBS, nbytes // least)
+            tensors = max([whole, *(min(count, nbytes // pitch) // row for row, pitch, count in rows)])
+            runs = (Run(device=number) for number in range(len(self.devices)))
+            asked = min(tensors, max(BATCH_JOBS, BATCH_ROWS)), nbytes // min(pitches), models, settings, wanted
+            return max(self.ops.scratch_bytes(*asked, run) for run in runs)
+
+        return scratch
 
     def _results(self, jobs: Sequence[Job], nbytes: int, traffic: _Traffic) -> Iterator[tuple[Job, Found]]:
         small = [job for job in jobs if _room(job, self.reader) <= nbytes]

@@ -161,6 +161,12 @@ def norms_all(tensors: Sequence[Inputs], sweeps: Sequence[Sweep], run: Run) -> l
     return found
 
 
+def scratch_bytes(tensors: int, elements: int, models: int, settings: int) -> int:
+    """Of the sums of all programs, no fewer than there are."""
+    programs = elements // (_SPAN * block_of(models + 1)) + 2 * tensors
+    return programs * settings * 8 * models * max(models, 6)
+
+
 def _measured(
     kernel: triton.JITFunction[Any],
     tensors: Sequence[Inputs],

@@ -8,13 +8,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..sweep import Cut, Found, Inputs, Run, Sweep, Target
-from . import tables
+from . import measure, select, tables
 from .device import Device, device, devices, why_not
 from .measure import gram_all, norms_all
 from .merging import Job, merge_all
 from .select import select_all
+from .stages import block_of
 
-__all__ = ["DEVICE", "DTYPES", "Device", "device", "devices", "gram", "merge", "name", "norms", "threshold", "why_not"]
+__all__ = [
+    "DEVICE",
+    "DTYPES",
+    "Device",
+    "device",
+    "devices",
+    "gram",
+    "merge",
+    "name",
+    "norms",
+    "scratch_bytes",
+    "threshold",
+    "why_not",
+]
 
 name = "triton"
 DEVICE = "gpu"
@@ -51,3 +65,16 @@ def merge(
     Without `look` nothing is waited for: the work is queued on the stream of the run, and nothing is returned.
     """
     return merge_all([Job(*each) for each in zip(tensors, sweeps, targets, strict=True)], run, look)
+
+
+def scratch_bytes(tensors: int, elements: int, models: int, settings: int, ranks: int, run: Run) -> int:
+    """The most memory that an op takes beside its tensors, of the GPU and pinned together; torch keeps it for others.
+
+    That is, when it is given no more tensors than this, of so many elements together, so many models and settings each;
+    `ranks` is how many magnitudes a selection finds, 0 where nothing is selected.
+    """
+    beside = max(
+        measure.scratch_bytes(tensors, elements, models, settings),
+        select.scratch_bytes(tensors, elements, settings, ranks),
+    )
+    return tables.scratch_bytes(tensors, elements, models, settings, ranks, block_of(models + 1)) + beside

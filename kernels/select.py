@@ -21,7 +21,7 @@ from ..sweep import EVERY, Cut, Inputs, Run, View
 from .device import on
 from .search import BINS, GUESSES, Search
 from .stages import ADDRESSES, BEGIN, LANE, deltas_of, inside_of, magnitude_bits, work_of
-from .tables import PLAINLY, Piece, Table, dtypes_of, launches, row, upload
+from .tables import PLAINLY, Piece, Table, dtypes_of, launches, most_programs, row, upload
 
 _BINS = tl.constexpr(BINS)
 _GUESSES = tl.constexpr(GUESSES)
@@ -255,12 +255,28 @@ def select_all(groups: Sequence[Sequence[Inputs]], ranks: Sequence[Sequence[int]
     return [group.cuts() for group in searched]
 
 
+def scratch_bytes(tensors: int, elements: int, settings: int, ranks: int) -> int:
+    """Of the samples and of sorting them, of the tallies and of a census: no fewer than there are."""
+    asked = tensors * settings * ranks
+    if not asked:
+        return 0
+    sorting = 4 + 2 * (4 + 8)  # values, then twice their order
+    programs = most_programs(tensors * settings, elements * settings, BLOCK)
+    return asked * (_samples(asked, elements) * sorting + (BINS + 1) * 8) + programs * ranks * GUESSES * 8
+
+
+def _samples(asked: int, elements: int) -> int:
+    """Of each of so many searches, the largest of which is among so many elements: a power of two."""
+    room = min(_SAMPLES, max(1 << 10, 1 << (_ALL_SAMPLES // asked).bit_length() - 1))
+    return min(room, max(_RUN.value, 1 << (elements - 1).bit_length()))
+
+
 def _sample(groups: Sequence[_Group], device: torch.device) -> None:
     """Bracket every search."""
     readings, asked = _readings(groups, lambda _: True)
     if not asked:
         return
-    room = min(_SAMPLES, max(1 << 10, 1 << (_ALL_SAMPLES // len(asked)).bit_length() - 1))
+    room = _samples(len(asked), max(each.group.elements for each in asked))
     sampled = torch.full((len(asked), room), -1, dtype=torch.int32, device=device)
     rows: dict[Hashable, list[list[int]]] = {}
     for reading in readings:

@@ -26,7 +26,7 @@ SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 PLAINLY = {"enable_fp_fusion": False}
 
 #: A launch has about so many programs; where there are more blocks a program takes several. Not yet measured on a card.
-_PROGRAMS = 1 << 14
+PROGRAMS = 1 << 14
 #: Accesses of 16 bytes need addresses and numbers of elements that these divide.
 _BYTES, _ELEMENTS = 16, 8
 
@@ -81,7 +81,7 @@ class Table:
     ) -> None:
         records = np.array(rows, np.int64)  # [rows, words]
         blocks = -(-records[:, 0] // block)
-        self.span = span or max(1, int(blocks.sum()) // _PROGRAMS)
+        self.span = span or max(1, int(blocks.sum()) // PROGRAMS)
         programs = -(-blocks // self.span)
         ends = programs.cumsum()
         self.programs = int(ends[-1])
@@ -98,6 +98,17 @@ class Table:
         """The notes, once the kernel has run."""
         found: NDArray[np.int64] = self.words[self._notes].cpu().numpy()
         return found
+
+
+def most_programs(tensors: int, elements: int, block: int) -> int:
+    """Of the launches for so many tensors, with so many elements together, no fewer than there are."""
+    return min(elements // block, 2 * PROGRAMS) + 2 * tensors
+
+
+def scratch_bytes(tensors: int, elements: int, models: int, settings: int, ranks: int, block: int) -> int:
+    """Of the tables of an op, on the device and pinned: no fewer than there are."""
+    words = 3 + models + 1 + settings * (1 + 8 * models + 2 + 4 * ranks) + 2 * (models + 1) + settings
+    return 2 * 8 * (2 * most_programs(tensors, elements, block) + 2 * tensors * words)
 
 
 def upload(words: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -52,6 +53,13 @@ def compiled() -> ModuleType:
     sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
     # A name of its own: pybind11 answers to one that is imported already with that module, were it built for a card.
     return loaded("emulated._cuda", built("_cuda", sources, includes, ['-DFASTMERGE_VERSION="emulated"']))
+
+
+def peak() -> int:
+    """The most bytes that were held at a time, on all devices and pinned, since this was last asked."""
+    library = ctypes.CDLL(str(compiled().__file__))
+    library.emulated_peak.restype = ctypes.c_ulonglong
+    return int(library.emulated_peak())
 
 
 def built(name: str, sources: Sequence[Path], includes: Sequence[Path], defines: Sequence[str] = ()) -> Path:

@@ -25,7 +25,7 @@ import signal, sys
 signal.setitimer(signal.ITIMER_REAL, float(sys.argv.pop(1)))
 from fastmerge import batches
 from fastmerge.checkpoint import Writer, journal
-batches._BATCH_JOBS = journal._TOGETHER = 1
+batches.BATCH_JOBS = journal._TOGETHER = 1
 enter, seconds = Writer.__enter__, float(sys.argv.pop(1))
 def entered(writer):
     Writer.__enter__ = enter

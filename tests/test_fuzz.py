@@ -448,7 +448,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rename", full_disk)
         patch.setattr(journal, "_TOGETHER", 1)
-        patch.setattr(batches, "_BATCH_JOBS", 1)
+        patch.setattr(batches, "BATCH_JOBS", 1)
         with pytest.raises(OutputError):
             merge(folder / "recipe.yml", folder / "cut")
     assert (folder / "cut" / JOURNAL).read_bytes().count(b"\n") == 4

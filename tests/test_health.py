@@ -461,7 +461,7 @@ def test_the_record_has_the_figures_and_they_do_not_depend_on_the_run(
     assert json.loads(record)["health"] == found.to_json()
     assert bool(by_name(found)["a"].nonfinite) == (nonfinite == "propagate")
     shutil.rmtree("out")
-    monkeypatch.setattr(batches, "_BATCH_JOBS", 1)
+    monkeypatch.setattr(batches, "BATCH_JOBS", 1)
     monkeypatch.setattr(journal, "_TOGETHER", 1)
     cut_short(text, "out", nonfinite=nonfinite)
     again = fastmerge.merge(Recipe.parse(text), "out", threads=3, nonfinite=nonfinite)

@@ -298,7 +298,7 @@ def test_odd_sizes_share_a_launch_for_their_last_elements(launched: list[str]) -
 
 
 def test_a_program_of_several_blocks_leaves_none_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room("tables"), "_PROGRAMS", 3)
+    monkeypatch.setattr(room("tables"), "PROGRAMS", 3)
     sizes = (10_000, 3, 2500)
     many = [Tensors([(np.arange(n) % 251, "F32")]) for n in sizes]
     outputs = [Memory(4 * n) for n in sizes]

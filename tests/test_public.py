@@ -149,7 +149,7 @@ ROOMS = {
     "sweeping": {"backends", "batches", "gathered", "measures", "pieces", "planner"},
     "health": {"batches", "checkpoint", "layers", "memory", "methods", "planner"},
     "choice": {"backends", "streaming"},
-    "streaming": {"backends", "batches", "checkpoint", "gds", "measures", "memory", "planner"},
+    "streaming": {"backends", "batches", "checkpoint", "gds", "measures", "memory", "methods", "planner"},
     "gathered": {"backends", "batches", "checkpoint", "measures", "pieces", "planner"},
     "measures": {"backends", "batches", "direct", "methods", "pieces", "planner"},
     "pieces": {"batches", "checkpoint", "memory", "planner", "sources"},

@@ -306,7 +306,7 @@ def test_a_merge_has_the_numbers_of_the_papers(recipe: str, backend: str, dtype:
 def test_each_row_is_tensoras_a_tensor_of_its_own(
     recipe: str, at_once: int, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "_BATCH_ROWS", at_once)
+    monkeypatch.setattr(batches, "BATCH_ROWS", at_once)
     models, (text, oracle) = save_models(dtype), ROWS[recipe]
     found = merged(text, backend=backend)
     assert_merged(found, models, oracle, rows=True)

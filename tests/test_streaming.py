@@ -58,8 +58,8 @@ try:
 except ImportError:
     host = reference
 
-#: A large tensor of the tests takes some dozen tiles of blocks this small.
-SMALL = 1 << 16
+#: A large tensor of the tests takes some dozen tiles of blocks this small; where ops take memory too they are smaller.
+SMALL, SMALLEST = 1 << 16, 1 << 14
 TINY_MEMORY = 2 * streaming.LANES * SMALL
 
 
@@ -292,7 +292,7 @@ def put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Put]:
         return gpu
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(streaming, "SMALLEST", SMALL)
+    monkeypatch.setattr(streaming, "SMALLEST", SMALLEST)
     running = threading.active_count()
     yield put
     for device in (device for fake in there for device in fake.there):
@@ -482,6 +482,22 @@ def test_pinned_and_device_memory_stay_within_the_bound(recipe: str, gpu_memory:
         assert device.memory.peak == device.pinned.peak
 
 
+@pytest.mark.parametrize("gpu_memory", [TINY_MEMORY, 1 << 23])
+@pytest.mark.parametrize("recipe", ["linear", "ties", "ties-rescaled", "breadcrumbs", "slerp"])
+def test_the_scratch_memory_of_ops_is_within_the_bound_too(recipe: str, gpu_memory: int, put: Put) -> None:
+    """Of both emulated devices together, as each has a bound of its own."""
+    gpu = put(EmulatedCuda())
+    save_family(**{f"small.{i}": torch.linspace(-1, 1, 10 + 1001 * i).bfloat16() for i in range(30)})
+    for number in range(gpu.devices()):
+        gpu.release_scratch(Run(device=number))
+    emulated.peak()
+    held = emulated.peak()
+    through_gpu(RECIPES[recipe], gpu_memory=gpu_memory)
+    assert gpu.calls
+    assert emulated.peak() - held <= gpu.devices() * gpu_memory
+    assert emulated.peak() == held, "something is kept"
+
+
 def test_no_more_memory_is_taken_than_the_jobs_need(put: Put) -> None:
     gpu = put(FakeCuda())
     save_family()
@@ -505,9 +521,9 @@ def test_lanes_make_do_with_half_where_memory_is_short(short: str, put: Put) -> 
 
 @pytest.mark.parametrize("short", ["capacity", "pinnable"])
 def test_a_gpu_without_memory_is_an_error_that_says_what_to_do(short: str, put: Put) -> None:
-    put(FakeCuda(**{short: streaming.LANES * SMALL - 1}))
+    put(FakeCuda(**{short: streaming.LANES * SMALLEST - 1}))
     save_family()
-    with pytest.raises(BackendError, match=r"^Fake 0 needs 524,288 bytes to merge.* or merge with --backend cpu$"):
+    with pytest.raises(BackendError, match=r"^Fake 0 needs 131,072 bytes to merge.* or merge with --backend cpu$"):
         through_gpu(LINEAR, gpu_memory=1 << 30)
     assert_nothing_left("gpu")
 
@@ -518,7 +534,7 @@ def test_a_driver_that_refuses_memory_is_told_as_one(put: Put, monkeypatch: pyte
     expected = raw(merged(RECIPES["ties"], backend="cpu"))
     with monkeypatch.context() as patch:
         patch.setenv("CUDA_EMULATOR_MEMORY", "1")
-        with pytest.raises(BackendError, match=r"^Emulated device 0 needs 524,288 bytes to merge.*--backend cpu$"):
+        with pytest.raises(BackendError, match=r"^Emulated device 0 needs [\d,]+ bytes to merge.*--backend cpu$"):
             through_gpu(RECIPES["ties"], gpu_memory=1 << 30)
     assert_nothing_left("gpu")
     through_gpu(RECIPES["ties"], gpu_memory=1 << 30)  # the error has not stayed behind
@@ -529,7 +545,7 @@ def test_a_bound_below_what_any_merge_needs_is_an_error(put: Put) -> None:
     put(FakeCuda())
     save_family()
     with pytest.raises(BackendError, match="pass more as --gpu-memory"):
-        through_gpu(LINEAR, gpu_memory=TINY_MEMORY - 1)
+        through_gpu(LINEAR, gpu_memory=2 * streaming.LANES * SMALLEST - 1)
     assert_nothing_left("gpu")
 
 
@@ -591,10 +607,12 @@ def test_gpus_take_from_one_queue(make: Callable[[], FakeCuda | EmulatedCuda], p
 
 @pytest.mark.parametrize("kind", [RuntimeError, BackendError, KeyboardInterrupt])
 @pytest.mark.parametrize("gpu_memory", [None, TINY_MEMORY], ids=["whole", "tiles"])
+@pytest.mark.parametrize("make", [partial(FakeCuda, count=2), EmulatedCuda], ids=["fake", "emulated"])
 def test_an_error_in_a_lane_is_raised_as_it_is_and_stops_the_others(
-    kind: type[BaseException], gpu_memory: int | None, put: Put
+    kind: type[BaseException], gpu_memory: int | None, make: Callable[[], FakeCuda | EmulatedCuda], put: Put
 ) -> None:
-    gpu = put(FakeCuda(count=2))
+    """While uploads are under way, which no memory is taken from."""
+    gpu = put(make())
     save_family()
     error = kind("the card fell off the bus")
 
@@ -891,6 +909,19 @@ def test_a_gpu_whose_memory_is_full_leaves_all_to_the_cpu(put: Put) -> None:
     assert weighed(1e-3).reason == "cpu: the memory of the GPU is full"
 
 
+@pytest.mark.usefixtures("driver")
+def test_a_gpu_that_is_busy_or_broken_leaves_all_to_the_cpu(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = put(FakeCuda())
+
+    def busy(nbytes: int) -> int:
+        raise RuntimeError("the GPU failed to allocate memory: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(gpu.there[0], "allocate", busy)
+    chosen = weighed(1e-3)
+    assert chosen.gpu is None
+    assert chosen.reason.endswith("all CUDA-capable devices are busy or unavailable")
+
+
 def test_without_a_gpu_the_report_says_so(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = put(FakeCuda())
     gpu.out = "must not be asked"
@@ -955,8 +986,10 @@ def test_a_merge_through_triton_in_its_interpreter_has_the_same_bytes(put: Put) 
         f"""
         import fastmerge
         from fastmerge import streaming
+        from fastmerge.kernels import provider
         from fastmerge.recipe import Recipe
         streaming.SMALLEST = 4096
+        provider.scratch_bytes = lambda *_: 0  # which is more than that
         memory = 2 * streaming.LANES * streaming.SMALLEST
         report = fastmerge.merge(Recipe.parse({TIES!r}), "gpu", backend="triton", gpu_memory=memory)
         print(report.worked)

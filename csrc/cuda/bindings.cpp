@@ -244,6 +244,18 @@ size_t py_workspace_bytes(const Rows& rows, int device) {
   return workspace_bytes(rows.data()->elements, rows.data()->models);
 }
 
+// The most that any op takes, of the device and pinned together, when it is given no more than this.
+size_t scratch_bytes(int64_t tensors, int64_t elements, int models, int settings, int ranks, int device) {
+  const OnDevice here(device);
+  const Most most = {tensors, elements, models, settings, ranks};
+  return 3 * tables_bytes(most) + 256 + std::max({measuring_bytes(most), selecting_bytes(most), ranked_bytes(most)});
+}
+
+void release_scratch(int device) {
+  const OnDevice here(device);
+  release_kept();
+}
+
 // --- a GPU's memory and streams ---
 
 int devices() {
@@ -361,6 +373,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("workspace_bytes", &py_workspace_bytes);
 
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  module.def("scratch_bytes", &scratch_bytes, no_gil);
+  module.def("release_scratch", &release_scratch, no_gil);
   module.def("why_not", &why_not, no_gil);
   module.def("devices", &devices, no_gil);
   module.def("device_name", &device_name, no_gil);

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "launch.h"
+#include "ops.h"
 
 namespace fastmerge {
 
@@ -17,6 +18,11 @@ struct Desk::Memory {
   char* card = nullptr;
   size_t card_bytes = 0;
 
+  void release() {
+    check(cudaFreeHost(std::exchange(host, nullptr)), "release pinned memory");
+    check(cudaFree(std::exchange(card, nullptr)), "release memory");
+    host_bytes = card_bytes = 0;
+  }
   void reserve(size_t host_wanted, size_t card_wanted) {
     if (host_wanted > host_bytes) {
       check(cudaFreeHost(std::exchange(host, nullptr)), "release pinned memory");
@@ -51,6 +57,20 @@ Shelf& shelf() {
 }
 
 }  // namespace
+
+void release_kept() {
+  int device = 0;
+  check(cudaGetDevice(&device), "say which one it is");
+  const std::lock_guard<std::mutex> lock(shelf().mutex);
+  std::vector<Desk::Memory*>& free = shelf().free;
+  const auto mine =
+      std::partition(free.begin(), free.end(), [&](Desk::Memory* each) { return each->device != device; });
+  for (auto each = mine; each != free.end(); ++each) {
+    (*each)->release();
+    delete *each;
+  }
+  free.erase(mine, free.end());
+}
 
 Desk::Desk(cudaStream_t stream) : stream_(stream) {
   int device = 0;

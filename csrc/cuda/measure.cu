@@ -120,4 +120,10 @@ void norms(const std::vector<Tensor>& tensors, const std::vector<const Sweep*>& 
   });
 }
 
+size_t measuring_bytes(const Most& most) {
+  const int64_t width = std::max<int64_t>(int64_t{most.models} * most.models, int64_t{most.models} * NORMS);
+  const int64_t sums = (most.elements / GRAIN + most.tensors) * most.settings * width;
+  return static_cast<size_t>(sums) * sizeof(double);
+}
+
 }  // namespace fastmerge

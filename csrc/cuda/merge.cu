@@ -104,6 +104,17 @@ void merge(const std::vector<Merge>& merges, cudaStream_t stream) {
   counts.collect(desk.fetch<Count>(0, counts.values.size()));
 }
 
+size_t tables_bytes(const Most& most) {
+  const auto tensors = static_cast<size_t>(most.tensors), settings = static_cast<size_t>(most.settings);
+  const auto models = static_cast<size_t>(most.models), ranks = static_cast<size_t>(most.ranks), inputs = models + 1;
+  const size_t places = 256;  // what `measure.cu` and `select.cu` note of a tensor or a group
+  const size_t setting = sizeof(Item) + sizeof(Sweep) + sizeof(Target) + sizeof(Count) + models * sizeof(Part) +
+                         inputs * sizeof(View) + places + (ranks + 1) * (sizeof(View) + sizeof(int64_t) + sizeof(Cut));
+  const size_t tensor = inputs * (sizeof(View) + 2 * sizeof(Count)) + models * models * sizeof(double) +
+                        models * (sizeof(Part) + 6 * sizeof(double)) + places;
+  return tensors * (tensor + settings * setting) + 1024;  // each table begins at a multiple of 16
+}
+
 void merge_async(const Merge& merge, const Cut* cuts, cudaStream_t stream) {
   if (merge.tensor.elements == 0) return;
   for (const auto& [stages, settings] : settings_by_stages(merge)) {

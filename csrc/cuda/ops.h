@@ -51,4 +51,19 @@ size_t workspace_bytes(int64_t elements, int models);
 void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int64_t*>& ranks,
                   const std::vector<Cut*>& cuts, cudaStream_t stream);
 
+// What one call of an op is given at most: for the memory that it takes beside that, in bytes.
+struct Most {
+  int64_t tensors, elements;  // of all tensors together
+  int models;
+  int settings;
+  int ranks;  // of one selection; each setting may want its own
+};
+size_t tables_bytes(const Most& most);     // on the device, and up to twice that pinned
+size_t measuring_bytes(const Most& most);  // on the device, as the next two
+size_t selecting_bytes(const Most& most);
+size_t ranked_bytes(const Most& most);
+
+// Gives back what ops keep from call to call on the current device.
+void release_kept();
+
 }  // namespace fastmerge

@@ -52,6 +52,14 @@ Queue queue_of(std::vector<Job>& jobs, const LoadOf& load_of, int blocks) {
   return {static_cast<int>(middle - jobs.begin()), static_cast<int>(jobs.size()), together, alone, nullptr, nullptr};
 }
 
+// No fewer than the bytes of any queue that so many blocks have.
+inline size_t queue_bytes(const Most& most, int blocks) {
+  const int64_t elements = most.elements * most.settings, tiles = tiles_in(elements) + most.tensors * most.settings;
+  const Room together = room_for(most.ranks, elements, tiles, blocks);
+  const Room alone = room_for(most.ranks, elements, tiles_in(elements / blocks) + 1, 1);
+  return together.bytes() + static_cast<size_t>(blocks) * alone.bytes();
+}
+
 // What a block does now; in shared memory, so that it takes no registers.
 struct Task {
   int number;  // -1 before the first

@@ -159,4 +159,13 @@ void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int6
   }
 }
 
+size_t ranked_bytes(const Most& most) {
+  size_t bytes = 0;
+  for (const Mass by : {Mass::DIVISOR, Mass::AGREEING, Mass::CONTRIBUTORS}) {
+    if (most.ranks == 0) break;
+    bytes = std::max(bytes, queue_bytes(most, resident_blocks(kernel_of(by), SELECT_THREADS, SHARED)));
+  }
+  return bytes;
+}
+
 }  // namespace fastmerge

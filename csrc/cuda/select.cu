@@ -141,6 +141,11 @@ void threshold_async(const Tensor& tensor, const int64_t* ranks, Cut* cuts, void
   launch(single_kernel, blocks, SELECT_THREADS, SELECT_SHARED, stream, single, true);
 }
 
+size_t selecting_bytes(const Most& most) {
+  if (most.ranks == 0) return 0;
+  return queue_bytes(most, resident_blocks(threshold_kernel, SELECT_THREADS, QUEUE_SHARED));
+}
+
 size_t workspace_bytes(int64_t elements, int models) {
   const int64_t tiles = tiles_in(elements);
   const int blocks = blocks_for(single_kernel, SELECT_SHARED, std::max<int64_t>(tiles, models));

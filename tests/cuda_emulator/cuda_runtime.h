@@ -26,6 +26,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -460,8 +461,8 @@ struct Allocation {
 struct State {
   Stream standard[DEVICES];  // each device's own, that 0 names
   std::map<char*, Allocation> memory;
-  size_t used[DEVICES] = {};
-  std::string fault;  // once a kernel has failed, so does everything
+  size_t used[DEVICES] = {}, pinned = 0, peak = 0;  // the peak is of all together
+  std::string fault;                                // once a kernel has failed, so does everything
   State() { standard[1].device = 1; }
 };
 
@@ -501,7 +502,8 @@ inline cudaError_t allocate(void** at, size_t bytes, int on) {
   memset(memory, 0xFF, bytes);
   memset(memory + bytes, 0xA5, GUARD - bytes % GUARD);
   state.memory[memory] = {bytes, on};
-  if (on >= 0) state.used[on] += bytes;
+  (on >= 0 ? state.used[on] : state.pinned) += bytes;
+  state.peak = std::max(state.peak, std::accumulate(state.used, state.used + DEVICES, state.pinned));
   *at = memory;
   return cudaSuccess;
 }
@@ -516,7 +518,7 @@ inline cudaError_t release(void* at, bool pinned) {
   for (size_t i = allocation.bytes; i < allocation.bytes + GUARD - allocation.bytes % GUARD; ++i) {
     if (found->first[i] != '\xA5') state.fault = "a write past the end of device memory";
   }
-  if (!pinned) state.used[allocation.device] -= allocation.bytes;
+  (pinned ? state.pinned : state.used[allocation.device]) -= allocation.bytes;
   memset(at, 0xFF, allocation.bytes);
   free(at);
   state.memory.erase(found);
@@ -531,6 +533,14 @@ inline bool is_pinned(const void* at) {
 }
 
 }  // namespace emulator
+
+// The most memory that was held at a time since it was last asked, of all devices and pinned: likewise for tests.
+extern "C" [[gnu::used, gnu::visibility("default")]] inline unsigned long long emulated_peak() {
+  const std::lock_guard<std::recursive_mutex> lock(emulator::mutex);
+  const size_t held =
+      std::accumulate(emulator::state.used, emulator::state.used + emulator::DEVICES, emulator::state.pinned);
+  return std::exchange(emulator::state.peak, held);
+}
 
 using cudaStream_t = emulator::Stream*;
 
@@ -661,8 +671,10 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   (*stream)->device = emulator::device;
   return cudaSuccess;
 }
+// A card goes on with what is under way, perhaps in memory that is given back next: here that is an error.
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  const cudaError_t error = cudaStreamSynchronize(stream);
+  const std::lock_guard<std::recursive_mutex> lock(emulator::mutex);
+  const bool over = stream->queue.empty();
   delete stream;
-  return error;
+  return emulator::returned(over ? cudaSuccess : cudaErrorInvalidResourceHandle);
 }
