@@ -34,7 +34,7 @@ from .stages import (
     magnitude_bits,
     work_of,
 )
-from .tables import PLAINLY, Piece, Table, dtypes_of, launches, row, setting
+from .tables import Piece, Table, dtypes_of, launch, launches, row, settings
 
 
 @triton.jit(do_not_specialize=["span"])
@@ -180,6 +180,7 @@ def _measured(
         (tuple(view.dtype for view in inputs.views), inputs.base is None, sweeps[t].keep if sweeps else None)
         for t, inputs in enumerate(tensors)
     ]
+    words = settings(sweeps)
     with on(run) as device:
         for like, aligned, pieces in launches([t.views for t in tensors], [t.elements for t in tensors], kinds):
             inputs = tensors[like]
@@ -189,24 +190,20 @@ def _measured(
                     tensors[piece.tensor].begin,
                     0,
                     tensors[piece.tensor].views,
-                    setting(sweeps[piece.tensor]) if sweeps else (),
+                    words[id(sweeps[piece.tensor])] if sweeps else (),
                 )
                 for piece in pieces
             ]
             block = block_of(len(inputs.views))
             table = Table(rows, [], block, device, _SPAN)
             sums = torch.empty((table.programs, sizes[like]), dtype=torch.float64, device=device)
-            kernel[(table.programs,)](
-                table.words,
-                sums,
-                table.span,
-                dtypes=dtypes_of(inputs.views),
-                has_base=inputs.base is not None,
-                aligned=aligned,
-                block=block,
-                num_warps=WARPS,
+            choices = {
                 **({"how": int(sweeps[like].keep)} if sweeps else {}),
-                **PLAINLY,
-            )
+                "dtypes": dtypes_of(inputs.views),
+                "has_base": inputs.base is not None,
+                "aligned": aligned,
+                "block": block,
+            }
+            launch(kernel, table.programs, (table.words, sums, table.span), WARPS, choices)
             launched.append((pieces, table, sums))
         return [(pieces, np.split(sums.cpu().numpy(), table.firsts[1:])) for pieces, table, sums in launched]

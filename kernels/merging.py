@@ -10,6 +10,7 @@ even: launches turn contraction off, and the bits are those of the reference.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from ..sweep import Elect, Found, Inputs, Mean, Run, Sweep, Target, TieVote, View
+from ..sweep import Elect, Found, Inputs, Keep, Mean, Run, Sweep, Target, TieVote
 from .device import on
 from .stages import (
     ADDRESSES,
@@ -39,7 +40,7 @@ from .stages import (
     pointer_of,
     work_of,
 )
-from .tables import PLAINLY, Piece, Table, divisor, dtypes_of, launches, row, setting
+from .tables import Piece, Table, divisor, dtypes_of, launch, launches, row, settings
 
 _NONE = tl.constexpr(int(Elect.NONE))
 _WEIGHTED = tl.constexpr(int(Elect.WEIGHTED))
@@ -216,8 +217,9 @@ class Job(NamedTuple):
     targets: Sequence[Target]
 
     @property
-    def places(self) -> list[View]:
-        return [*self.inputs.views, *(View(target.offset, target.dtype) for target in self.targets)]
+    def places(self) -> list[tuple[int, str]]:
+        """Of the inputs and the outputs, the address and the dtype."""
+        return [*self.inputs.views, *[(target.offset, target.dtype) for target in self.targets]]
 
 
 def merge_all(jobs: Sequence[Job], run: Run, look: bool) -> list[Found]:
@@ -226,8 +228,10 @@ def merge_all(jobs: Sequence[Job], run: Run, look: bool) -> list[Found]:
         swept = _sweep(jobs, False, device)
         if not look:
             return []
-        odd = {pieces[n].tensor for pieces, table in swept for n, flag in enumerate(table.notes()) if flag}
-        found = [_found(job, _nothing_noted(job)) for job in jobs]
+        odd = {pieces[n].tensor for pieces, table in swept for n in np.flatnonzero(table.notes()).tolist()}
+        found = [
+            _nothing_found(len(job.inputs.models) + (job.inputs.base is not None), len(job.targets)) for job in jobs
+        ]
         for number, noticed in zip(sorted(odd), _look([jobs[n] for n in sorted(odd)], device), strict=True):
             found[number] = noticed
     return found
@@ -251,6 +255,11 @@ def _nothing_noted(job: Job) -> NDArray[np.int64]:
     return np.repeat([0, _NOWHERE.value, 0], [inputs, inputs, len(job.targets)])
 
 
+@cache
+def _nothing_found(inputs: int, outputs: int) -> Found:
+    return Found((0,) * inputs, (-1,) * inputs, (0,) * outputs)
+
+
 def _found(job: Job, notes: NDArray[np.int64]) -> Found:
     inputs = len(job.inputs.views)
     firsts = np.where(notes == _NOWHERE.value, -1, notes)[inputs : 2 * inputs]
@@ -260,48 +269,44 @@ def _found(job: Job, notes: NDArray[np.int64]) -> Found:
 def _sweep(jobs: Sequence[Job], looks: bool, device: torch.device) -> list[tuple[list[Piece], Table]]:
     """The launches, each with the pieces that its rows stand for."""
     places = [job.places for job in jobs]
-    settings = [[word for sweep in job.sweeps for word in setting(sweep)] for job in jobs]
+    words = settings(sweep for job in jobs for sweep in job.sweeps)
+    kinds = [_kind(job, dtypes) for job, dtypes in zip(jobs, places, strict=True)]
     swept = []
-    for like, aligned, pieces in launches(places, [job.inputs.elements for job in jobs], [_kind(job) for job in jobs]):
+    for like, aligned, pieces in launches(places, [job.inputs.elements for job in jobs], kinds):
         notes = _nothing_noted(jobs[like]).tolist() if looks else [0]
-        rows = [
-            row(piece, jobs[piece.tensor].inputs.begin, n * len(notes), places[piece.tensor], settings[piece.tensor])
-            for n, piece in enumerate(pieces)
-        ]
+        rows = []
+        for n, piece in enumerate(pieces):
+            inputs, sweeps, _ = jobs[piece.tensor]
+            more = words[id(sweeps[0])] if len(sweeps) == 1 else [word for each in sweeps for word in words[id(each)]]
+            rows.append(row(piece, inputs.begin, n * len(notes), places[piece.tensor], more))
         inputs = jobs[like].inputs
         block = block_of(len(inputs.views))
         table = Table(rows, notes * len(pieces), block, device)
-        sweep_kernel[(table.programs,)](
-            table.words,
-            table.span,
-            dtypes=dtypes_of(inputs.views),
-            outputs=dtypes_of(jobs[like].targets),
-            has_base=inputs.base is not None,
-            stages=stages_of(jobs[like].sweeps),
-            aligned=aligned,
-            looks=looks,
-            block=block,
-            num_warps=WARPS,
-            **PLAINLY,
-        )
+        choices = {
+            "dtypes": dtypes_of(inputs.views),
+            "outputs": dtypes_of(jobs[like].targets),
+            "has_base": inputs.base is not None,
+            "stages": stages_of(jobs[like].sweeps),
+            "aligned": aligned,
+            "looks": looks,
+            "block": block,
+        }
+        launch(sweep_kernel, table.programs, (table.words, table.span), WARPS, choices)
         swept.append((pieces, table))
     return swept
 
 
-def _kind(job: Job) -> Hashable:
+def _kind(job: Job, places: Sequence[tuple[int, str]]) -> Hashable:
     """What the kernel is compiled for."""
-    return tuple(place.dtype for place in job.places), job.inputs.base is None, stages_of(job.sweeps)
+    return tuple([dtype for _, dtype in places]), job.inputs.base is None, stages_of(job.sweeps)
 
 
 def stages_of(sweeps: Sequence[Sweep]) -> tuple[tuple[int, ...], ...]:
     """The choices of a kernel, per output."""
-    return tuple(
-        (
-            int(each.keep),
-            int(each.elect),
-            int(each.tie_vote),
-            int(each.mean) if each.elect or each.mean is Mean.CONTRIBUTORS else int(Mean.SUM),
-            int(each.mean is not Mean.SUM or divisor(each) != 1.0),
-        )
-        for each in sweeps
-    )
+    return tuple([_stages(each.keep, each.elect, each.tie_vote, each.mean, divisor(each) != 1.0) for each in sweeps])
+
+
+@cache
+def _stages(keep: Keep, elect: Elect, tie_vote: TieVote, mean: Mean, divides: bool) -> tuple[int, ...]:
+    counts = bool(elect) or mean is Mean.CONTRIBUTORS
+    return int(keep), int(elect), int(tie_vote), int(mean if counts else Mean.SUM), int(mean is not Mean.SUM or divides)

@@ -21,7 +21,7 @@ from ..sweep import EVERY, Cut, Inputs, Run, View
 from .device import on
 from .search import BINS, GUESSES, Search
 from .stages import ADDRESSES, BEGIN, LANE, deltas_of, inside_of, magnitude_bits, work_of
-from .tables import PLAINLY, Piece, Table, dtypes_of, launches, most_programs, row, upload
+from .tables import Piece, Table, dtypes_of, launch, launches, most_programs, row, upload
 
 _BINS = tl.constexpr(BINS)
 _GUESSES = tl.constexpr(GUESSES)
@@ -29,7 +29,7 @@ _GUESSES = tl.constexpr(GUESSES)
 _RUN = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["span", "samples"])
 def sample_kernel(
     words,  # a table of samples: models, then the base; then elements, index of the first, stride, row of `sampled`
     sampled,  # int32 [searches, samples]
@@ -287,7 +287,7 @@ def _sample(groups: Sequence[_Group], device: torch.device) -> None:
         rows.setdefault(reading.kind, []).append(row(runs, first * _RUN.value, 0, reading.views, more))
     like = {reading.kind: reading for reading in readings}
     for kind, each in rows.items():
-        _launch(sample_kernel, Table(each, [], BLOCK, device), sampled, like[kind], False, samples=room)
+        _launch(sample_kernel, Table(each, [], BLOCK, device), sampled, like[kind], False, room)
     taken = [min(each.group.elements, room) for each in asked]
     places = np.stack([each.search.places(samples) for each, samples in zip(asked, taken, strict=True)])
     ordered = sampled.sort(dim=1, descending=True).values.gather(1, upload(places, device)).cpu().numpy()
@@ -400,17 +400,7 @@ def _tables(
 
 
 def _launch(
-    kernel: triton.JITFunction[Any], table: Table, written: Tensor, like: _Reading | _Split, aligned: bool, **more: Any
+    kernel: triton.JITFunction[Any], table: Table, written: Tensor, like: _Reading | _Split, aligned: bool, *more: int
 ) -> None:
-    kernel[(table.programs,)](
-        table.words,
-        written,
-        table.span,
-        dtypes=dtypes_of(like.views),
-        has_base=like.has_base,
-        aligned=aligned,
-        block=BLOCK,
-        num_warps=WARPS,
-        **more,
-        **PLAINLY,
-    )
+    choices = {"dtypes": dtypes_of(like.views), "has_base": like.has_base, "aligned": aligned, "block": BLOCK}
+    launch(kernel, table.programs, (table.words, written, table.span, *more), WARPS, choices)

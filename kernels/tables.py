@@ -7,16 +7,18 @@ addresses, and what else the kernel wants to know.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..sweep import Sweep, Target, View
+from .device import INTERPRETED
 
 #: The dtypes that the kernels take.
 DTYPES = {"F32": tl.float32, "F16": tl.float16, "BF16": tl.bfloat16}
@@ -27,6 +29,8 @@ PLAINLY = {"enable_fp_fusion": False}
 
 #: A launch has about so many programs; where there are more blocks a program takes several. Not yet measured on a card.
 PROGRAMS = 1 << 14
+#: The bits of 1.0.
+_ONE = 0x3F800000
 #: Accesses of 16 bytes need addresses and numbers of elements that these divide.
 _BYTES, _ELEMENTS = 16, 8
 
@@ -47,7 +51,9 @@ class Launch(NamedTuple):
     pieces: list[Piece]
 
 
-def launches(places: Sequence[Sequence[View]], counts: Sequence[int], kinds: Sequence[Hashable]) -> list[Launch]:
+def launches(
+    places: Sequence[Sequence[tuple[int, str]]], counts: Sequence[int], kinds: Sequence[Hashable]
+) -> list[Launch]:
     """As few as there are kinds, twice as many at most.
 
     The last few elements of a tensor are a piece of their own, so that the others are a multiple of 8.
@@ -55,22 +61,54 @@ def launches(places: Sequence[Sequence[View]], counts: Sequence[int], kinds: Seq
     found: dict[Hashable, Launch] = {}
 
     def add(tensor: int, aligned: bool, start: int, count: int) -> None:
-        launch = found.setdefault((kinds[tensor], aligned), Launch(tensor, aligned, []))
-        launch.pieces.append(Piece(tensor, start, count))
+        key = kinds[tensor], aligned
+        if key not in found:
+            found[key] = Launch(tensor, aligned, [])
+        found[key].pieces.append(Piece(tensor, start, count))
 
     for tensor, count in enumerate(counts):
         whole = count // _ELEMENTS * _ELEMENTS
         if whole:
-            add(tensor, all(view.address % _BYTES == 0 for view in places[tensor]), 0, whole)
+            add(tensor, all(address % _BYTES == 0 for address, _ in places[tensor]), 0, whole)
         if whole < count:
             add(tensor, False, whole, count - whole)
     return list(found.values())
 
 
-def row(piece: Piece, begin: int, note: int, places: Iterable[View], more: Iterable[int] = ()) -> list[int]:
-    """The row of a piece: `begin` is the flat index of the tensor's first element, `note` the place in the notes."""
-    addresses = [signed(view.address + piece.start * SIZES[view.dtype]) for view in places]
-    return [piece.count, begin + piece.start, note, *addresses, *more]
+def row(piece: Piece, begin: int, note: int, places: Iterable[tuple[int, str]], more: Iterable[int] = ()) -> list[int]:
+    """The row of a piece: `begin` is the flat index of the tensor's first element, `note` the place in the notes.
+
+    Places are addresses with their dtypes, as views are.
+    """
+    _, start, count = piece
+    addresses = [signed(address + start * SIZES[dtype]) for address, dtype in places]
+    return [count, begin + start, note, *addresses, *more]
+
+
+#: What the compiler made, by all that it was made for.
+_COMPILED: dict[Hashable, Any] = {}
+
+
+def launch(
+    kernel: triton.JITFunction[Any],
+    programs: int,
+    arguments: Sequence[Any],
+    warps: int,
+    choices: Mapping[str, Hashable],
+) -> None:
+    """Queues a kernel: its arguments, then its compile-time choices in the order of its parameters.
+
+    Triton finds out anew at each launch what a kernel is to be compiled for, which takes longer than all else. Here it
+    is always the same: tensors are aligned, and of one dtype for each parameter.
+    """
+    if INTERPRETED:
+        kernel[(programs,)](*arguments, **choices, num_warps=warps, **PLAINLY)
+        return
+    key = kernel, arguments[0].device, *choices.values()
+    if compiled := _COMPILED.get(key):
+        compiled[programs, 1, 1](*arguments, *choices.values())
+    else:
+        _COMPILED[key] = kernel[(programs,)](*arguments, **choices, num_warps=warps, **PLAINLY)
 
 
 class Table:
@@ -117,23 +155,29 @@ def upload(words: NDArray[np.int64], device: torch.device) -> Tensor:
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
-def setting(sweep: Sweep) -> list[int]:
-    """The words of a setting: eight per model (see `stages`), the divisor (a 0 counts as 1) and lambda.
+def settings(sweeps: Iterable[Sweep]) -> dict[int, list[int]]:
+    """By id the words of each setting: eight per model (see `stages`), the divisor (a 0 counts as 1) and lambda.
 
     What is a float32 goes by its bits.
     """
-    floats = [
-        number
-        for part in sweep.parts
-        for number in (part.weight, part.rescale, abs(part.magnitude), abs(part.top_magnitude))
-    ]
-    bits = _bits([*floats, divisor(sweep), sweep.lambda_])
-    words = []
-    for m, part in enumerate(sweep.parts):
-        weight, rescale, magnitude, top_magnitude = bits[4 * m : 4 * m + 4]
-        words += [weight, rescale, magnitude, part.ties_end, part.cut, signed(part.key), top_magnitude]
-        words.append(part.top_ties_end)
-    return [*words, *bits[-2:]]
+    known = {id(sweep): sweep for sweep in sweeps}
+    floats: list[float] = []
+    for sweep in known.values():
+        for part in sweep.parts:
+            floats += (part.weight, part.rescale, abs(part.magnitude), abs(part.top_magnitude))
+        floats += (sweep.divisor, sweep.lambda_)
+    narrow = np.array(floats, np.float64).astype(np.float32)
+    bits = iter(narrow.view(np.int32).tolist())
+    words: dict[int, list[int]] = {}
+    for key, sweep in known.items():
+        mine = words[key] = []
+        for part in sweep.parts:
+            weight, rescale, magnitude, top_magnitude = next(bits), next(bits), next(bits), next(bits)
+            mine += (weight, rescale, magnitude, part.ties_end, part.cut, signed(part.key), top_magnitude)
+            mine.append(part.top_ties_end)
+        divisor = next(bits)
+        mine += (divisor if divisor & 0x7FFFFFFF else _ONE, next(bits))
+    return words
 
 
 def divisor(sweep: Sweep) -> float:
@@ -149,8 +193,3 @@ def signed(word: int) -> int:
 
 def dtypes_of(places: Iterable[View | Target]) -> tuple[tl.dtype, ...]:
     return tuple(DTYPES[place.dtype] for place in places)
-
-
-def _bits(numbers: Sequence[float]) -> list[int]:
-    found: list[int] = np.array(numbers, np.float64).astype(np.float32).view(np.int32).tolist()
-    return found
