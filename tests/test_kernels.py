@@ -540,3 +540,59 @@ def test_no_sweep_is_contracted_or_approximate(built: Built) -> None:
 @pytest.mark.parametrize("built", [AMD], indirect=True)
 def test_every_kernel_compiles_for_amd(built: Built) -> None:
     assert built.keys() == NAMES
+
+
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastmerge.kernels import device, merging, tables
+from fastmerge.sweep import Inputs, Part, Run, Sweep, Target, View
+
+class Card:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 7)
+    class utils:
+        load_binary = staticmethod(lambda *binary: (1, 2, 64, 0, 1024))
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 1 << 17})
+        unload_module = staticmethod(lambda module: None)
+    class launcher_cls:
+        def __init__(self, *made): pass
+        def __call__(self, *given):
+            given = given[:6] + given[9:]  # without what only profilers look at
+            launched.append([each.data_ptr() % 16 if hasattr(each, "data_ptr") else each for each in given])
+
+def run(self, *args, **kwargs):
+    compiled.append(self)
+    return plainly(self, *args, **kwargs)
+
+launched, compiled, plainly = [], [], JITFunction.run
+JITFunction.run = run
+driver.set_active(Card())
+device.INTERPRETED = True  # the host's memory stands for the device's, but for launches
+
+def sweep(count, dtype):
+    inputs = Inputs(count, (View(4096, dtype), View(8192, dtype)))
+    merging._sweep([merging.Job(inputs, [Sweep((Part(), Part()))], [Target(dtype, 65536)])], False, torch.device("cpu"))
+
+tables.INTERPRETED = False
+for count, dtype in ((1024, "BF16"), (8192, "BF16"), (1024, "BF16"), (1024, "F16")):
+    sweep(count, dtype)
+assert len(compiled) == 2, "once for each dtype"
+again = list(launched)
+launched.clear()
+tables._COMPILED.clear()
+for count, dtype in ((1024, "BF16"), (8192, "BF16"), (1024, "BF16"), (1024, "F16")):
+    tables._COMPILED.clear()
+    sweep(count, dtype)
+assert len(compiled) == 6
+assert launched == again, f"{launched} and not as Triton launches it: {again}"
+"""
+
+
+def test_what_is_compiled_is_launched_again_as_triton_does_it() -> None:
+    ended = subprocess.run([sys.executable, "-c", LAUNCH], env=compiling(), capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
