@@ -49,15 +49,22 @@ def device(index: int) -> Device:
 
 @contextmanager
 def on(run: Run) -> Iterator[torch.device]:
-    """Within the block, torch and Triton queue their work on the stream of a run."""
-    if INTERPRETED:
-        with _ALONE:
-            yield torch.device("cpu")
-        return
-    place = torch.device(_kind(), run.device)
-    module: Any = getattr(torch, place.type)
-    with module.device(place), module.stream(_external(place, run.stream)):
-        yield place
+    """Within the block, torch and Triton queue their work on the stream of a run.
+
+    Raises:
+        MemoryError: there is not enough for what an op needs beside its tensors.
+    """
+    try:
+        if INTERPRETED:
+            with _ALONE:
+                yield torch.device("cpu")
+            return
+        place = torch.device(_kind(), run.device)
+        module: Any = getattr(torch, place.type)
+        with module.device(place), module.stream(_external(place, run.stream)):
+            yield place
+    except torch.cuda.OutOfMemoryError as error:  # torch's own, which is no MemoryError
+        raise MemoryError(str(error)) from error
 
 
 class Device:

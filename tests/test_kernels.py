@@ -308,6 +308,17 @@ def test_a_program_of_several_blocks_leaves_none_out(monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(decode(output.bytes, "F32"), np.arange(n) % 251)
 
 
+def test_memory_that_an_op_lacks_is_what_python_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = Tensors([(np.ones(9), "F32")])
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(MemoryError, match="Tried to allocate 2 GiB"):
+        kernels.gram([tensors.inputs], Run())
+
+
 def test_the_last_of_more_than_two_billion_elements_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the others: the interpreter would take hours."""
     tables, count = room("tables"), 2**31 + 2007
