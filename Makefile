@@ -24,7 +24,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc bench tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 PYTHONS := fastmerge kernels tests bench docs
 
-.PHONY: demo test lint format docs wheel smoke neon soak bench gpu-test gpu-bench clean
+.PHONY: demo test lint format docs wheel smoke neon soak bench gpu-test gpu-check gpu-sanitize gpu-bench clean
 
 demo: .venv/built
 	$(BIN)/fastmerge demo
@@ -97,9 +97,13 @@ bench: .venv/built .venv/tests .venv-mergekit/built
 # the driver in vain is no error of ours.
 GPU_WORKERS ?= 8
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
-gpu-test: .venv/built .venv/tests
+gpu-test: gpu-check gpu-sanitize
+
+gpu-check: .venv/built .venv/tests
 	$(BIN)/python -m pytest tests/test_gpu.py -m gpu --numprocesses $(GPU_WORKERS) --dist worksteal $(ARGS)
 	$(BIN)/python -m pytest tests/test_torch_ops.py $(ARGS)
+
+gpu-sanitize: .venv/built .venv/tests
 ifeq ($(SANITIZER),)
 	@echo "compute-sanitizer is not installed: memcheck and racecheck were not run"
 else
