@@ -456,10 +456,12 @@ merging._sweep([three], False, host)
 done("three-settings")
 merging._sweep([job([sweeps["ties"]], True)], True, host)
 done("look")
-measure.gram_all([inputs(3, True)], Run())
-done("gram")
-measure.norms_all([inputs(3, True)], [sweeps["ties"]], Run())
-done("norms")
+for models in (2, 3, 4):
+    measure.gram_all([inputs(models, models == 3)], Run())
+    done(f"gram-{models}")
+for name in ("task_arithmetic", "ties", "dare_linear", "breadcrumbs", "nearswap"):
+    measure.norms_all([inputs(len(sweeps[name].parts), True)], [sweeps[name]], Run())
+    done(f"norms-{name}")
 group = select._Group([inputs(3, True)], [5, 6, 7])
 select._sample([group], host)
 done("sample")
@@ -474,9 +476,11 @@ select._place([select._Split(select._Asked(group, 0), views, [8, 0, 0, 4096, 819
 done("place")
 """
 FUSED = [name for name, row in METHODS.items() if not row.direct]
-NAMES = {*FUSED, "three-settings", "look", "gram", "norms", "sample", "tally", "census", "place"}
+NORMS = [f"norms-{name}" for name in ("task_arithmetic", "ties", "dare_linear", "breadcrumbs", "nearswap")]
+GRAMS = [f"gram-{models}" for models in (2, 3, 4)]
+NAMES = {*FUSED, *NORMS, *GRAMS, "three-settings", "look", "sample", "tally", "census", "place"}
 #: Registers of a thread, beyond which a processor has no room for 512 threads, or 384 where so much is summed.
-REGISTERS = dict.fromkeys(NAMES, 128) | {"three-settings": 168, "norms": 168}
+REGISTERS = dict.fromkeys(NAMES, 128) | dict.fromkeys(["three-settings", *NORMS], 168)
 
 
 Built = dict[str, tuple[str, str]]
