@@ -109,9 +109,10 @@ size_t tables_bytes(const Most& most) {
   const auto models = static_cast<size_t>(most.models), ranks = static_cast<size_t>(most.ranks), inputs = models + 1;
   const size_t places = 256;  // what `measure.cu` and `select.cu` note of a tensor or a group
   const size_t setting = sizeof(Item) + sizeof(Sweep) + sizeof(Target) + sizeof(Count) + models * sizeof(Part) +
-                         inputs * sizeof(View) + places + (ranks + 1) * (sizeof(View) + sizeof(int64_t) + sizeof(Cut));
-  const size_t tensor = inputs * (sizeof(View) + 2 * sizeof(Count)) + models * models * sizeof(double) +
-                        models * (sizeof(Part) + 6 * sizeof(double)) + places;
+                         models * 6 * sizeof(double) + inputs * sizeof(View) + places +
+                         (ranks + 1) * (sizeof(View) + sizeof(int64_t) + sizeof(Cut));
+  const size_t tensor =
+      inputs * (sizeof(View) + 2 * sizeof(Count)) + models * models * sizeof(double) + models * sizeof(Part) + places;
   return tensors * (tensor + settings * setting) + 1024;  // each table begins at a multiple of 16
 }
 
