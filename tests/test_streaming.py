@@ -482,9 +482,18 @@ def test_pinned_and_device_memory_stay_within_the_bound(recipe: str, gpu_memory:
         assert device.memory.peak == device.pinned.peak
 
 
-@pytest.mark.parametrize("gpu_memory", [TINY_MEMORY, 1 << 23])
-@pytest.mark.parametrize("recipe", ["linear", "ties", "ties-rescaled", "breadcrumbs", "slerp"])
-def test_the_scratch_memory_of_ops_is_within_the_bound_too(recipe: str, gpu_memory: int, put: Put) -> None:
+@pytest.mark.parametrize("gpu_memory", [4 * TINY_MEMORY, 1 << 23])
+@pytest.mark.parametrize(
+    ("recipe", "vary"),
+    [
+        *((recipe, {}) for recipe in ("linear", "ties", "ties-rescaled", "breadcrumbs", "slerp")),
+        ("ties-rescaled", {"density": [0.1, 0.2, 0.3]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "varied" if value else "",
+)
+def test_the_scratch_memory_of_ops_is_within_the_bound_too(
+    recipe: str, vary: dict[str, list[float]], gpu_memory: int, put: Put
+) -> None:
     """Of both emulated devices together, as each has a bound of its own."""
     gpu = put(EmulatedCuda())
     save_family(**{f"small.{i}": torch.linspace(-1, 1, 10 + 1001 * i).bfloat16() for i in range(30)})
@@ -492,7 +501,7 @@ def test_the_scratch_memory_of_ops_is_within_the_bound_too(recipe: str, gpu_memo
         gpu.release_scratch(Run(device=number))
     emulated.peak()
     held = emulated.peak()
-    through_gpu(RECIPES[recipe], gpu_memory=gpu_memory)
+    through_gpu(RECIPES[recipe], gpu_memory=gpu_memory, vary=vary)
     assert gpu.calls
     assert emulated.peak() - held <= gpu.devices() * gpu_memory
     assert emulated.peak() == held, "something is kept"
