@@ -84,13 +84,15 @@ int main() {
     std::printf("%s %lld\n", name, static_cast<long long>(ELEMENTS));
     counted(chunk);
   };
-  const auto merge = [&](const char* name, const Tensor& tensor, const Sweep& sweep, const std::vector<Part>& given) {
+  const auto merge = [&](const char* name, const Tensor& tensor, const Sweep& sweep, const std::vector<Part>& given,
+                         bool again = false) {
     count(name, [&](int64_t begin) {
       const Output output = {sweep.lambda, reinterpret_cast<char*>(&out[begin]), false};
-      kernels.merge(tensor, sweep, given.data(), begin, CHUNK, DType::BF16, &output, 1, nullptr, scratch);
+      kernels.merge(tensor, sweep, given.data(), begin, CHUNK, DType::BF16, &output, 1, again, nullptr, scratch);
     });
   };
   merge("linear", tensor_of(all, 3, false), sweep_of(Keep::ALL, Elect::NONE, 0.9f), parts);
+  merge("linear, again", tensor_of(all, 3, false), sweep_of(Keep::ALL, Elect::NONE, 0.9f), parts, true);
   merge("slerp", two, sweep_of(Keep::ALL), parts);
   merge("passthrough", one, sweep_of(Keep::ALL), whole);
   merge("task_arithmetic", deltas, sweep_of(Keep::ALL), parts);
@@ -107,7 +109,7 @@ int main() {
   const Sweep ties = sweep_of(Keep::ABOVE, Elect::WEIGHTED);
   count("ties, counted", [&](int64_t begin) {
     const Output output = {ties.lambda, reinterpret_cast<char*>(&out[begin]), false};
-    kernels.merge(deltas, ties, parts.data(), begin, CHUNK, DType::BF16, &output, 1, counts.data(), scratch);
+    kernels.merge(deltas, ties, parts.data(), begin, CHUNK, DType::BF16, &output, 1, false, counts.data(), scratch);
   });
   const Tensor four = tensor_of(all, 4, true);
   count("gram of 2", [&](int64_t begin) { kernels.gram(two, begin, CHUNK, scratch, sums); });

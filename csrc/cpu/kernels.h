@@ -88,9 +88,10 @@ struct Kernels {
   // One sweep over `count` elements from `begin` (a multiple of CHUNK) into each of the outputs, whose lambda goes
   // before the sweep's. Returns the largest magnitude, as bits, among the outputs and those deltas that might not reach
   // them: below 0x7f800000 where all is finite. `counts` (with Keep::ABOVE, or nullptr): [models][2], how many elements
-  // of each model are kept and how many equal its magnitude, right where all is finite.
+  // of each model are kept and how many equal its magnitude, right where all is finite. `again` tells that
+  // the same elements were just swept, and are in the cache.
   uint32_t (*merge)(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, DType out_dtype,
-                    const Output* outputs, int settings, uint16_t* counts, Scratch&);
+                    const Output* outputs, int settings, bool again, uint16_t* counts, Scratch&);
 
   // Deltas (weights without a base) as float32 into scratch.wide[model][count], padded with zeros to 16. A NaN becomes
   // 0 there, and so does Inf unless `infinite_too`: one bad element must not decide about the others.

@@ -20,6 +20,8 @@ namespace {
 // several outputs half of that, as smaller writes cost more than the second cache saves, and of all at most HOT bytes.
 constexpr int64_t TILE = 128 * CHUNK;
 constexpr int64_t HOT = 4 << 20;
+// A small tensor has so many tiles for each thread, of at least so many elements, so that none has long to wait.
+constexpr int64_t TILES_EACH = 8, LEAST_TILE = 8 * CHUNK;
 // Outputs in memory that are larger than this together go past the caches, which need not read what is overwritten.
 constexpr int64_t PAST_CACHES = 1 << 20;
 
@@ -154,7 +156,7 @@ int64_t sweep_tile(const Tile& tile, const Crew& crew, bool past_caches, char* b
       }
       const auto sweep = [&](DType to, const Output* places, int settings) {
         return crew.kernels->merge(tensor, merge.sweeps[setting], merge.parts + setting * tensor.models, at, count, to,
-                                   places, settings, setting == 0 ? counts : nullptr, scratch);
+                                   places, settings, setting > 0, setting == 0 ? counts : nullptr, scratch);
       };
       const auto dtype = static_cast<DType>(merge.targets[setting].dtype);
       if (sweep(dtype, outputs, next - setting) < overflow_bits(dtype)) continue;
@@ -194,8 +196,9 @@ int64_t grain(const Merge& merge, const Crew& crew) {
 
 void cover(const Merge& merge, int64_t begin, int64_t end, const Crew& crew, Counts* counts, std::vector<Tile>& tiles) {
   if (merge.settings == 0) return;
-  const int64_t chosen = std::min(merge.settings > 1 ? TILE / 2 : TILE, HOT / (merge.settings * widest(merge)));
-  const int64_t wanted = crew.tile > 0 ? crew.tile : chosen, step = grain(merge, crew);
+  const int64_t even = std::max(merge.tensor.elements / (TILES_EACH * std::max(crew.threads, 1)), LEAST_TILE);
+  const int64_t hot = std::min(merge.settings > 1 ? TILE / 2 : TILE, HOT / (merge.settings * widest(merge)));
+  const int64_t wanted = crew.tile > 0 ? crew.tile : std::min(even, hot), step = grain(merge, crew);
   const int64_t length = std::max<int64_t>((wanted + step - 1) / step, 1) * step;
   for (; begin < end; begin += length) tiles.push_back({&merge, begin, std::min(begin + length, end), counts});
 }

@@ -11,6 +11,7 @@ struct Call {
   bool rescaled;          // some part's rescale is not 1
   const Output* outputs;  // those past the caches start a line
   int settings;
+  bool again;        // the inputs were just read: they are in the cache
   uint32_t* counts;  // [models][2] or nullptr: of elements kept and of those equal to each part's magnitude
 };
 
@@ -103,7 +104,8 @@ uint32_t sweep_run(const Call& call, int from, int to) {
   };
   // What means_at finds, model after model: a processor foresees one stream far better than lines of several in turn,
   // where these lie at different places of their pages. Not with a base, which would be read again for each model.
-  constexpr bool in_turn = elect == Elect::NONE && by != Mass::CONTRIBUTORS && !has_base;
+  constexpr bool may_turn = elect == Elect::NONE && by != Mass::CONTRIBUTORS && !has_base;
+  const bool in_turn = may_turn && !call.again;
   const auto add_up = [&](int start, int end, const F* bases, float* means) {
     for (int model = 0; model < models; ++model) {
       const F weight = L::set(call.parts[model].weight);
@@ -137,7 +139,7 @@ uint32_t sweep_run(const Call& call, int from, int to) {
   float block_means[block];
   for (int start = from; start < to; start += block) {
     const int end = start + block < to ? start + block : to;
-    if constexpr (in_turn) {
+    if (in_turn) {
       F none[vectors];
       read_base(start, none);
       add_up(start, end, none, block_means);
@@ -241,25 +243,27 @@ void narrow(const float* from, int count, DType dtype, char* to) {
 }
 
 uint32_t merge(const Tensor&, const Sweep&, const Part*, int64_t begin, int count, DType, const Output*, int settings,
-               uint16_t* counts, Scratch&);
+               bool again, uint16_t* counts, Scratch&);
 
 uint32_t one_by_one(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count,
-                    DType out_dtype, const Output* outputs, int settings, uint16_t* counts, Scratch& scratch) {
+                    DType out_dtype, const Output* outputs, int settings, bool again, uint16_t* counts,
+                    Scratch& scratch) {
   uint32_t worst = 0;
   for (int setting = 0; setting < settings; ++setting) {
-    const uint32_t here = merge(tensor, sweep, parts, begin, count, out_dtype, outputs + setting, 1, counts, scratch);
+    const uint32_t here = merge(tensor, sweep, parts, begin, count, out_dtype, outputs + setting, 1,
+                                again || setting > 0, counts, scratch);
     worst = here > worst ? here : worst;
   }
   return worst;
 }
 
 uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count, DType out_dtype,
-               const Output* outputs, int settings, uint16_t* counts, Scratch& scratch) {
+               const Output* outputs, int settings, bool again, uint16_t* counts, Scratch& scratch) {
   const bool in_place = point(tensor, begin, count, scratch);
   const DType dtype = in_place ? dtype_of(tensor.views[0]) : DType::F32;
   const bool direct = in_place && dtype == out_dtype;
   if (!direct && settings > 1)
-    return one_by_one(tensor, sweep, parts, begin, count, out_dtype, outputs, settings, counts, scratch);
+    return one_by_one(tensor, sweep, parts, begin, count, out_dtype, outputs, settings, again, counts, scratch);
   const Output wide = {outputs->lambda, reinterpret_cast<char*>(scratch.out), false};
   const Run run = run_of(dtype, base_of(tensor) != nullptr, direct, sweep);
   bool rescaled = false;
@@ -268,7 +272,7 @@ uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int6
   memset(scratch.counts, 0, static_cast<size_t>(tensor.models) * 8);
   Call call = {scratch.inputs,           tensor.models, &sweep,       parts,
                scratch.thresholds,       scratch.tops,  scratch.kept, rescaled,
-               direct ? outputs : &wide, settings,      sums};
+               direct ? outputs : &wide, settings,      again,        sums};
   uint32_t worst = 0;
   if (direct && settings == 1 && outputs->lambda == 1.0f && leaves_alone(tensor, sweep, *parts)) {
     worst = copy_run(dtype, call, count);
