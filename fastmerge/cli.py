@@ -102,7 +102,7 @@ _gpu_memory = click.option(
     "--gpu-memory",
     type=_bytes,
     metavar="SIZE",
-    help="Most bytes for each GPU, half on it, half pinned in the host; by default 8GB, or what it has free.",
+    help="Most bytes for each GPU, about half on it, half pinned in the host; by default 8GB, or what it has free.",
 )
 _varied = click.option(
     "--vary",

@@ -109,7 +109,7 @@ def merge(
         threads: workers; by default one for each processor that this process may use.
         seed: of the random drops; before the recipe's own. The default is 0.
         shard_size: the most bytes of tensors in one file.
-        gpu_memory: the most bytes that are taken for each GPU, half of them on it, half pinned in the host's memory; by
+        gpu_memory: the most bytes that are taken for each GPU, about half on it, half pinned in the host's memory; by
             default 8 GB, or what the GPU has free where that is less.
         overwrite: replace an earlier output in `out`, or in a folder of it that `vary` names.
         restart: begin anew where an unfinished merge is in `out`. Without it the same merge goes on where it stopped,
