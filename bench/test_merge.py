@@ -113,11 +113,13 @@ def test_against_mergekit(
     peers, peer_errors = [], []
 
     def before() -> None:
+        disk.warm(recipe)
         peers.append(disk.alone(asked, theirs, keep=True))
         if not METHODS[method].random:
             peer_errors.append(disk.error(disk.looked_at(open_checkpoint(theirs)), recipe))
         shutil.rmtree(theirs)
         disk.settle(out)
+        disk.warm(recipe)
 
     rounds = max(2, request.config.getoption("rounds") // 5)
     benchmark.pedantic(lambda: children.append(disk.run_child(ours)), setup=before, rounds=rounds)
