@@ -72,16 +72,17 @@ def built(name: str, sources: Sequence[Path], includes: Sequence[Path], defines:
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / str(os.getpid())  # another worker may be at it too
+    own.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.name}.o"
+        target = own / f"{source.name}.o"
         _run([*command, "-x", "c++", "-c", str(source), "-o", str(target)])
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    unfinished = library.with_suffix(".part")
+    unfinished = own / library.name
     _run([compiler, "-shared", *FURTHER, *map(str, objects), "-o", str(unfinished)])
     unfinished.rename(library)
     return library

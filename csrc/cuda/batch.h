@@ -39,6 +39,24 @@ inline std::map<size_t, std::vector<int>> settings_by_stages(const Merge& merge)
   return settings;
 }
 
+// Whether plain.h sweeps a tensor with this setting, whose stages it knows.
+inline bool is_plain(const Merge& merge, int setting) {
+  const Tensor& tensor = merge.tensor;
+  const Sweep& sweep = merge.sweeps[setting];
+  const Part* parts = merge.parts + static_cast<int64_t>(setting) * tensor.models;
+  const Target& target = merge.targets[setting];
+  const auto fits = [](uint64_t address, DType dtype) { return address % 16 == 0 && dtype == DType::BF16; };
+  bool plain = tensor.models <= PLAIN_MODELS && fits(static_cast<uint64_t>(target.offset), static_cast<DType>(target.dtype));
+  for (int i = 0; i < tensor.inputs; ++i) plain &= fits(tensor.views[i].address, dtype_of(tensor.views[i]));
+  for (int m = 0; m < tensor.models; ++m) plain &= parts[m].rescale == 1.0f;
+  const bool has_base = tensor.inputs > tensor.models;
+  if (static_cast<Elect>(sweep.elect) != Elect::NONE) {
+    plain &= has_base && is_tame(sweep.lambda) && static_cast<TieVote>(sweep.tie_vote) == TieVote::POSITIVE;
+    for (int m = 0; m < tensor.models; ++m) plain &= is_tame(parts[m].mass);
+  }
+  return plain && (has_base || static_cast<Keep>(sweep.keep) == Keep::ALL) && is_tame(sweep.divisor);
+}
+
 // What the items of one launch point at, gathered: their places are within each table, until `put` moves them.
 struct Gathered {
   std::vector<Item> items;
@@ -62,6 +80,7 @@ struct Gathered {
     item.models = tensor.models;
     item.inputs = tensor.inputs;
     item.settings = static_cast<int>(settings.size());
+    item.plain = settings.size() == 1 && is_plain(merge, settings[0]);
     views.insert(views.end(), tensor.views, tensor.views + tensor.inputs);
     for (const int setting : settings) {
       const Part* first = merge.parts + static_cast<int64_t>(setting) * tensor.models;

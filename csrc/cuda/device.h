@@ -12,9 +12,13 @@ constexpr int WARP = 32;
 constexpr unsigned EVERY_LANE = 0xffffffff;
 constexpr int EIGHT = 8;  // the elements that a thread takes at once: 16 bytes of a 16-bit dtype, one Philox counter
 
-// --- a block ---
-
 namespace {
+
+__device__ inline int64_t lesser(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// --- a block ---
 
 // The block's dynamic shared memory, aligned to 16 bytes. What several functions of a kernel keep there, its launcher
 // lays out.
@@ -68,6 +72,37 @@ __device__ inline void sync_grid(Barrier* barrier) {
     __threadfence();
   }
   sync_block();
+}
+
+// --- copies that a thread does not wait for ---
+
+// Sixteen bytes from device into shared memory, both aligned to as many, past the first cache. Copies belong to the next
+// `close_copies`; after `await_copies<n>` all are there but those of the last n closed. A thread's own are its own
+// alone: nobody else sees them without a barrier.
+__device__ __forceinline__ void copy16(uint4* to, const uint4* from) {
+#ifdef __CUDACC__
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+#else
+  emulated_copy(to, from);
+#endif
+}
+
+__device__ __forceinline__ void close_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulated_close_copies();
+#endif
+}
+
+template <int n>
+__device__ __forceinline__ void await_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#else
+  emulated_await_copies(n);
+#endif
 }
 
 // --- eight elements ---

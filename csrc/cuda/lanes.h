@@ -3,6 +3,8 @@
 // Where the card has an instruction for it, it is used: its bits are those of dtype.h, but for a NaN's (0x7fff in 16
 // bits), which a sweep rewrites anyway.
 #pragma once
+#include <cmath>
+
 #include "../random.h"
 #include "../stages.h"
 #include "device.h"
@@ -48,6 +50,40 @@ struct Lanes {
   }
 #endif
 };
+
+// --- division ---
+//
+// What the compiler makes of a division leaves its short path, for a slow one, where the dividend is zero, as most sums
+// of what is trimmed or dropped are. Here are its own steps without that question: the bits are IEEE's for divisors of
+// 2^-20 ... 2^20 and dividends that are zero, or of at least 2^-60 in magnitude while the quotient is finite.
+
+// A sum of weights that agree begins with this: it vanishes in the first of them, and a zero can be divided by it.
+constexpr float NOBODY = 0x1p-100f;
+
+// a * b + c, rounded once.
+__device__ __forceinline__ float fused(float a, float b, float c) {
+#ifdef __CUDACC__
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+__device__ __forceinline__ float reciprocal(float divisor) {
+  float rough;
+#ifdef __CUDACC__
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(rough) : "f"(divisor));
+#else
+  rough = emulated_reciprocal(divisor);
+#endif
+  return fused(rough, fused(-divisor, rough, 1.0f), rough);
+}
+
+// A zero keeps its sign.
+__device__ __forceinline__ float quotient(float dividend, float divisor, float inverse) {
+  const float near = dividend * inverse;
+  return fused(-inverse, fused(divisor, near, -dividend), near);
+}
 
 // Two elements of a 16-bit dtype in one word, rounded to nearest even.
 __device__ __forceinline__ uint32_t narrow2(float low, float high, DType dtype) {

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(THREADS, (Sweeping<keep, elect, by>::blocks))
   for (int64_t i = item_of(items, params.count, tile); tile < end; ++i) {
     const int64_t next = i + 1 < params.count ? items[i + 1].first_tile : params.tiles;
     const int64_t until = next < end ? next : end;
-    sweep_tiles<keep, elect, by>(table, items[i], params.cuts, tile - items[i].first_tile, until - items[i].first_tile);
+    sweep_tiles<keep, elect, by, THREADS>(table, items[i], params.cuts, tile - items[i].first_tile, until - items[i].first_tile);
     tile = until;
   }
 }
@@ -61,8 +61,9 @@ constexpr std::array<SweepKernel, sizeof...(stages)> kernels_of(std::index_seque
 
 void launch_sweep(size_t stages, const SweepParams& params, cudaStream_t stream) {
   static const auto kernels = kernels_of(std::make_index_sequence<KEEPS * VOTES>());
-  const int64_t resident = resident_blocks(kernels[stages], THREADS, 0);
-  launch(kernels[stages], static_cast<int>(std::min(params.tiles, resident)), THREADS, 0, stream, params);
+  constexpr size_t shared = plain_shared(THREADS);
+  const int64_t resident = resident_blocks(kernels[stages], THREADS, shared);
+  launch(kernels[stages], static_cast<int>(std::min(params.tiles, resident)), THREADS, shared, stream, params);
 }
 
 template <class Append>

@@ -138,10 +138,6 @@ struct Reached {
   int64_t before;
 };
 
-__device__ inline int64_t lesser(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 __device__ inline uint32_t magnitude_of(float delta) {
   const uint32_t magnitude = to_bits(delta) & 0x7fffffff;
   return magnitude > INFINITE ? 0 : magnitude;

@@ -3,15 +3,11 @@
 // Reads 2 or 4 bytes per element and input (once from memory: further settings find them in the cache), and writes as
 // many per output. Not yet measured on a card.
 #pragma once
-#include "lanes.h"
 #include "ops.h"
+#include "plain.h"
 
 namespace fastmerge {
 namespace {
-
-// Models whose elements are asked for before the first is used: three and the base fit into the registers on every
-// card.
-constexpr int TOGETHER = 3;
 
 using Count = unsigned long long;  // what the card's atomics count in
 
@@ -31,7 +27,7 @@ struct Item {
   int32_t models;
   int32_t inputs;
   int32_t settings;
-  int32_t padding;
+  int32_t plain;  // 1: what plain.h sweeps
 };
 
 template <class T>
@@ -71,27 +67,6 @@ __device__ __forceinline__ void drop_above(float (&delta)[EIGHT], float magnitud
   }
 }
 
-// Which of the eight elements from `flat` stay, a bit each: one Philox counter serves them.
-__device__ __forceinline__ uint32_t drawn(uint64_t key, uint64_t cut, int64_t flat) {
-  if (cut >> 32) return 0xff;
-  const uint64_t counter = static_cast<uint64_t>(flat) / EIGHT;
-  const uint32_t upper = static_cast<uint32_t>(cut >> 16);
-  const Words words = philox(counter, 0, key);
-  uint32_t kept = 0, equal = 0;  // equal: not 0 where some half is `upper`
-  for (const uint32_t word : words.word) {
-    const uint32_t differ = word ^ (upper | upper << 16);
-    equal |= (differ - 0x00010001) & ~differ & 0x80008000;
-  }
-  for (int i = 0; i < EIGHT; ++i) kept |= uint32_t{piece_of(words, i) < upper} << i;
-  if (equal) {
-    const Words second = philox(counter, 1, key);
-    for (int i = 0; i < EIGHT; ++i) {
-      kept |= uint32_t{piece_of(words, i) == upper && piece_of(second, i) < (cut & 0xffff)} << i;
-    }
-  }
-  return kept;
-}
-
 // What is rare is looked for again, in the eight where the sweep saw that something is there.
 __device__ inline void look(const char* table, const Item& item, int setting, int64_t at, const float (&out)[EIGHT],
                             DType dtype) {
@@ -123,6 +98,8 @@ struct Sweeping {
 
   // Random numbers beside two more sums per element take more than 128 registers.
   static constexpr int blocks = keep == Keep::BERNOULLI && elect != Elect::NONE ? 3 : 4;  // per processor
+  // Models whose elements are asked for before the first is used: what fits into the registers on every card.
+  static constexpr int together = elect != Elect::NONE && by != Mass::DIVISOR ? 2 : 3;
 
   Ballot<L> ballots[EIGHT];
   float worst;
@@ -190,60 +167,127 @@ struct Sweeping {
   }
 };
 
-// The tiles `from` ... `to` - 1 of a tensor, by every thread of a block; a tile is eight elements for each of them.
-// Threads do not wait for one another. `cuts`, one per model, are in place of the parts' own; or there are none.
+// Eight elements of a tensor, for each of its settings.
 template <Keep keep, Elect elect, Mass by>
-__device__ __forceinline__ void sweep_tiles(const char* table, const Item& item, const Cut* cuts, int64_t from,
-                                            int64_t to) {
+__device__ __forceinline__ void sweep_eight(const char* table, const Item& item, const Cut* cuts, int64_t at) {
+  constexpr int TOGETHER = Sweeping<keep, elect, by>::together;
   const int models = item.models;
   const bool has_base = item.inputs > models;
   const View* views = at_place<View>(table, item.views);
 #pragma unroll 1
+  for (int setting = 0; setting < item.settings; ++setting) {  // after the first, the inputs come from the cache
+    const Part* parts = at_place<Part>(table, item.parts) + setting * models;
+    const Raw8 raw = has_base ? raw8(views[models], at, item.elements) : Raw8{};
+    float base[EIGHT];
+    Sweeping<keep, elect, by> sweeping;
+    sweeping.start();
+#pragma unroll 1
+    for (int group = 0; group < models; group += TOGETHER) {
+      uint32_t kept = 0;  // a byte per model, drawn before the loads: both at once take too many registers
+      if constexpr (keep == Keep::BERNOULLI) {
+#pragma unroll 1
+        for (int m = 0; m < TOGETHER && group + m < models; ++m) {
+          const Part& part = parts[group + m];
+          kept |= drawn(part.key, part.cut, item.begin + at) << (8 * m);
+        }
+      }
+      Raw8 raws[TOGETHER] = {};  // else what is not read counts as alive all through the kernel
+#pragma unroll
+      for (int m = 0; m < TOGETHER; ++m) {
+        if (group + m < models) raws[m] = raw8(views[group + m], at, item.elements);
+      }
+      if (group == 0) widen8(raw, has_base ? dtype_of(views[models]) : DType::F32, base);
+#pragma unroll
+      for (int m = 0; m < TOGETHER; ++m) {
+        if (group + m >= models) continue;
+        float delta[EIGHT];
+        widen8(raws[m], dtype_of(views[group + m]), delta);
+        for (int i = 0; i < EIGHT; ++i) delta[i] = delta[i] - base[i];
+        sweeping.add(delta, parts[group + m], cuts ? cuts + group + m : nullptr, item.begin + at, kept >> (8 * m));
+      }
+    }
+    float out[EIGHT];
+    sweeping.finish(at_place<Sweep>(table, item.sweeps)[setting], base, has_base, out);
+    const Target& target = at_place<Target>(table, item.targets)[setting];
+    const auto dtype = static_cast<DType>(target.dtype);
+    Raw8 narrow = narrow8(out, dtype);
+    if ((to_bits(sweeping.worst) & 0x7fffffff) >= overflow_bits(dtype)) {
+      look(table, item, setting, at, out, dtype);
+      narrow = quiet8(narrow, dtype);
+    }
+    store8(narrow, {static_cast<uint64_t>(target.offset), target.dtype}, at, item.elements);
+  }
+}
+
+// A plain item's part of the work from a tile on: fills `in` in, and returns where the run of tiles ends that are whole
+// and have, of each model, no end of ties in them. That is `tile` where there is no such run.
+template <Keep keep, Elect elect, int THREADS>
+__device__ __forceinline__ int64_t run_of(const char* table, const Item& item, const Cut* cuts, int64_t tile,
+                                          int64_t to, Plain& in) {
+  constexpr int64_t TILE = THREADS * EIGHT;
+  const View* views = at_place<View>(table, item.views);
+  const Sweep& sweep = *at_place<Sweep>(table, item.sweeps);
+  in.parts = at_place<Part>(table, item.parts);
+  in.base = reinterpret_cast<const uint4*>(views[item.inputs - 1].address);
+  in.target = reinterpret_cast<uint4*>(at_place<Target>(table, item.targets)->offset);
+  in.count = item.models;
+  in.divisor = sweep.divisor;
+  in.lambda = sweep.lambda;
+  int64_t until = lesser(to, item.elements / TILE);
+#pragma unroll
+  for (int m = 0; m < PLAIN_MODELS; ++m) {
+    in.weights[m] = -0.0f;
+    in.masses[m] = in.limits[m] = 0.0f;
+    if (m >= item.models) continue;
+    const Part& part = in.parts[m];
+    in.models[m] = reinterpret_cast<const uint4*>(views[m].address);
+    in.weights[m] = part.weight;
+    in.masses[m] = elect == Elect::NONE ? 1.0f : part.mass;
+    if (keep != Keep::ABOVE) continue;
+    const int64_t ties = (cuts ? cuts[m].ties_end : part.ties_end) - item.begin;
+    const int64_t whole = ties < 0 ? 0 : ties / TILE;  // tiles that lie below the end of ties
+    const bool below = tile < whole;
+    if (below || (tile == whole && ties > tile * TILE)) until = lesser(until, whole);
+    const uint32_t limit = to_bits(cuts ? cuts[m].magnitude : part.magnitude) + !below;
+    in.limits[m] = from_bits(limit < INFINITE ? limit : INFINITE);  // an Inf is odd anyway
+  }
+  return until < tile ? tile : until;
+}
+
+// The tiles `from` ... `to` - 1 of a tensor, by the `THREADS` threads of a block; a tile is eight elements for each of
+// them. Threads do not wait for one another. `cuts`, one per model, are in place of the parts' own; or there are none.
+template <Keep keep, Elect elect, Mass by, int THREADS>
+__device__ __forceinline__ void sweep_any(const char* table, const Item& item, const Cut* cuts, int64_t from,
+                                          int64_t to) {
+#pragma unroll 1
   for (int64_t tile = from; tile < to; ++tile) {
-    const int64_t at = tile * blockDim.x * EIGHT + threadIdx.x * EIGHT;
+    const int64_t at = (tile * THREADS + threadIdx.x) * EIGHT;
     if (at >= item.elements) return;
+    sweep_eight<keep, elect, by>(table, item, cuts, at);
+  }
+}
+
+// The same, the shorter way where there is one, with plain_shared() bytes of shared memory.
+template <Keep keep, Elect elect, Mass by, int THREADS>
+__device__ __forceinline__ void sweep_tiles(const char* table, const Item& item, const Cut* cuts, int64_t from,
+                                            int64_t to) {
+  if constexpr (!has_plain<keep, elect, by>) {
+    sweep_any<keep, elect, by, THREADS>(table, item, cuts, from, to);
+  } else {
 #pragma unroll 1
-    for (int setting = 0; setting < item.settings; ++setting) {  // after the first, the inputs come from the cache
-      const Part* parts = at_place<Part>(table, item.parts) + setting * models;
-      const Raw8 raw = has_base ? raw8(views[models], at, item.elements) : Raw8{};
-      float base[EIGHT];
-      Sweeping<keep, elect, by> sweeping;
-      sweeping.start();
-#pragma unroll 1
-      for (int group = 0; group < models; group += TOGETHER) {
-        uint32_t kept = 0;  // a byte per model, drawn before the loads: both at once take too many registers
-        if constexpr (keep == Keep::BERNOULLI) {
-#pragma unroll 1
-          for (int m = 0; m < TOGETHER && group + m < models; ++m) {
-            const Part& part = parts[group + m];
-            kept |= drawn(part.key, part.cut, item.begin + at) << (8 * m);
-          }
+    for (int64_t tile = from, until; tile < to; tile = until) {
+      until = to;
+      if (item.plain) {
+        Plain in;
+        const int64_t end = run_of<keep, elect, THREADS>(table, item, cuts, tile, to, in);
+        if (item.inputs > item.models) {
+          tile = plain_tiles<keep, elect, by, true, THREADS>(in, item.begin, tile, end);
+        } else if constexpr (keep == Keep::ALL) {
+          tile = plain_tiles<keep, elect, by, false, THREADS>(in, item.begin, tile, end);
         }
-        Raw8 raws[TOGETHER] = {};  // else what is not read counts as alive all through the kernel
-#pragma unroll
-        for (int m = 0; m < TOGETHER; ++m) {
-          if (group + m < models) raws[m] = raw8(views[group + m], at, item.elements);
-        }
-        if (group == 0) widen8(raw, has_base ? dtype_of(views[models]) : DType::F32, base);
-#pragma unroll
-        for (int m = 0; m < TOGETHER; ++m) {
-          if (group + m >= models) continue;
-          float delta[EIGHT];
-          widen8(raws[m], dtype_of(views[group + m]), delta);
-          for (int i = 0; i < EIGHT; ++i) delta[i] = delta[i] - base[i];
-          sweeping.add(delta, parts[group + m], cuts ? cuts + group + m : nullptr, item.begin + at, kept >> (8 * m));
-        }
+        until = lesser(to, tile + 1);
       }
-      float out[EIGHT];
-      sweeping.finish(at_place<Sweep>(table, item.sweeps)[setting], base, has_base, out);
-      const Target& target = at_place<Target>(table, item.targets)[setting];
-      const auto dtype = static_cast<DType>(target.dtype);
-      Raw8 narrow = narrow8(out, dtype);
-      if ((to_bits(sweeping.worst) & 0x7fffffff) >= overflow_bits(dtype)) {
-        look(table, item, setting, at, out, dtype);
-        narrow = quiet8(narrow, dtype);
-      }
-      store8(narrow, {static_cast<uint64_t>(target.offset), target.dtype}, at, item.elements);
+      sweep_any<keep, elect, by, THREADS>(table, item, cuts, tile, until);
     }
   }
 }

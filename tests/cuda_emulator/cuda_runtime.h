@@ -78,8 +78,16 @@ struct Block {
   std::vector<char> shared;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int group;
+};
+
 struct Thread {
   jmp_buf place;
+  std::vector<Copy> copies;  // not yet waited for
+  int groups = 0;            // closed
   Wait wait;
   bool started = false, asleep = false, done = false;
   unsigned index = 0;
@@ -97,7 +105,7 @@ inline jmp_buf scheduler;
 inline Thread* current;
 inline Grid* grid;
 inline uint64_t random_state = 0x9E3779B97F4A7C15;
-inline unsigned long long launches = 0;
+inline unsigned long long launches = 0, copies = 0;
 
 inline unsigned draw(unsigned below) {
   random_state ^= random_state << 13;
@@ -393,6 +401,39 @@ template <class T>
 void __stcs(T* at, T value) {
   *at = value;
 }
+// Sixteen bytes that arrive no sooner than they are waited for.
+inline void emulated_copy(void* to, const void* from) {
+  emulator::Thread& thread = *emulator::current;
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) {
+    emulator::fail("a copy into shared memory is not aligned");
+  }
+  ++emulator::copies;
+  memset(to, 0xff, 16);
+  thread.copies.push_back({to, from, thread.groups});
+}
+inline void emulated_close_copies() {
+  ++emulator::current->groups;
+}
+inline void emulated_await_copies(int last) {
+  emulator::Thread& thread = *emulator::current;
+  std::vector<emulator::Copy> left;
+  for (const emulator::Copy& copy : thread.copies) {
+    if (copy.group < thread.groups - last) {
+      memcpy(copy.to, copy.from, 16);
+    } else {
+      left.push_back(copy);
+    }
+  }
+  thread.copies = std::move(left);
+}
+// A card's first guess is off by at most one unit in the last place, on either side.
+inline float emulated_reciprocal(float of) {
+  const float inverse = 1.0f / of;
+  uint32_t bits;
+  memcpy(&bits, &of, sizeof(bits));
+  const unsigned side = (bits * 0x9E3779B1u) >> 30;
+  return side == 0 ? inverse : std::nextafter(inverse, side == 1 ? 0.0f : 2 * inverse);
+}
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
@@ -414,6 +455,11 @@ inline int __ffs(int bits) {
 // How many kernels were launched: for tests, by way of ctypes.
 extern "C" [[gnu::used, gnu::visibility("default")]] inline unsigned long long emulated_launches() {
   return emulator::launches;
+}
+
+// How many copies into shared memory threads have asked for.
+extern "C" [[gnu::used, gnu::visibility("default")]] inline unsigned long long emulated_copies() {
+  return emulator::copies;
 }
 
 enum cudaError_t {
