@@ -420,8 +420,8 @@ def test_a_ranked_merge_reads_its_cuts_past_the_cache_of_constants(compiled: Com
 
 
 def test_no_sweep_is_contracted_or_approximate(compiled: Compiled) -> None:
-    """Each float32 operation is one of IEEE's, to nearest even, denormals and all. But a division may begin with a rough
-    step, whose further ones make up for it: `test_quotients_are_those_of_ieee`.
+    """Each float32 operation is one of IEEE's, to nearest even, denormals and all. But a division may begin with a
+    rough step, whose further ones make up for it: `test_quotients_are_those_of_ieee`.
     """
     operations = set(re.findall(r"\b(?:add|sub|mul|mad|div|fma|rcp|ex2|sqrt)\.[a-z0-9.]*f32\b", compiled("merge")[0]))
     exact = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "fma.rn.f32", "div.rn.f32"}

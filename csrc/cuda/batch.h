@@ -46,7 +46,8 @@ inline bool is_plain(const Merge& merge, int setting) {
   const Part* parts = merge.parts + static_cast<int64_t>(setting) * tensor.models;
   const Target& target = merge.targets[setting];
   const auto fits = [](uint64_t address, DType dtype) { return address % 16 == 0 && dtype == DType::BF16; };
-  bool plain = tensor.models <= PLAIN_MODELS && fits(static_cast<uint64_t>(target.offset), static_cast<DType>(target.dtype));
+  bool plain =
+      tensor.models <= PLAIN_MODELS && fits(static_cast<uint64_t>(target.offset), static_cast<DType>(target.dtype));
   for (int i = 0; i < tensor.inputs; ++i) plain &= fits(tensor.views[i].address, dtype_of(tensor.views[i]));
   for (int m = 0; m < tensor.models; ++m) plain &= parts[m].rescale == 1.0f;
   const bool has_base = tensor.inputs > tensor.models;

@@ -76,8 +76,8 @@ __device__ inline void sync_grid(Barrier* barrier) {
 
 // --- copies that a thread does not wait for ---
 
-// Sixteen bytes from device into shared memory, both aligned to as many, past the first cache. Copies belong to the next
-// `close_copies`; after `await_copies<n>` all are there but those of the last n closed. A thread's own are its own
+// Sixteen bytes from device into shared memory, both aligned to as many, past the first cache. Copies belong to the
+// next `close_copies`; after `await_copies<n>` all are there but those of the last n closed. A thread's own are its own
 // alone: nobody else sees them without a barrier.
 __device__ __forceinline__ void copy16(uint4* to, const uint4* from) {
 #ifdef __CUDACC__

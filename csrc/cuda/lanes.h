@@ -52,10 +52,17 @@ struct Lanes {
 };
 
 // --- division ---
-//
+
 // What the compiler makes of a division leaves its short path, for a slow one, where the dividend is zero, as most sums
-// of what is trimmed or dropped are. Here are its own steps without that question: the bits are IEEE's for divisors of
-// 2^-20 ... 2^20 and dividends that are zero, or of at least 2^-60 in magnitude while the quotient is finite.
+// of what is trimmed or dropped are. So none is asked of it.
+__device__ __forceinline__ float divided(float dividend, float divisor) {
+  const bool none = dividend == 0.0f && divisor == divisor;
+  const float quotient = (none ? 1.0f : dividend) / divisor;
+  return none ? dividend * copysignf(1.0f, divisor) : quotient;
+}
+
+// The compiler's own steps on the short path: the bits are IEEE's for divisors of 2^-20 ... 2^20 and dividends that are
+// zero, or of at least 2^-60 in magnitude while the quotient is finite.
 
 // A sum of weights that agree begins with this: it vanishes in the first of them, and a zero can be divided by it.
 constexpr float NOBODY = 0x1p-100f;

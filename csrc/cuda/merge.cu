@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(THREADS, (Sweeping<keep, elect, by>::blocks))
   for (int64_t i = item_of(items, params.count, tile); tile < end; ++i) {
     const int64_t next = i + 1 < params.count ? items[i + 1].first_tile : params.tiles;
     const int64_t until = next < end ? next : end;
-    sweep_tiles<keep, elect, by, THREADS>(table, items[i], params.cuts, tile - items[i].first_tile, until - items[i].first_tile);
+    sweep_tiles<keep, elect, by, THREADS>(table, items[i], params.cuts, tile - items[i].first_tile,
+                                          until - items[i].first_tile);
     tile = until;
   }
 }

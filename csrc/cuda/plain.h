@@ -128,7 +128,7 @@ __device__ __forceinline__ int64_t plain_tiles(const Plain& in, int64_t begin, i
     await_copies<AHEAD - 1>();
     uint4* here = slot + turn * SLOTS;
     uint32_t seen = 0;
-    const auto take = [&](int input, float(&to)[EIGHT]) {
+    const auto take = [&](int input, float (&to)[EIGHT]) {
       const uint4 raw = here[input * THREADS];
       seen = watched(seen, raw);
       widen8({{raw, {}}}, DType::BF16, to);

@@ -157,7 +157,7 @@ struct Sweeping {
       }
     }
     if (by != Mass::DIVISOR || divisor != 1.0f) {
-      for (int i = 0; i < EIGHT; ++i) out[i] = out[i] / mass[i];
+      for (int i = 0; i < EIGHT; ++i) out[i] = divided(out[i], mass[i]);
     }
     for (int i = 0; i < EIGHT; ++i) {
       const float merged = out[i] * sweep.lambda;
