@@ -1,4 +1,4 @@
-"""The kernels of AVX2 take as many instructions as they are known to, which even a noisy machine can tell."""
+"""The kernels of AVX2 and CUDA take as many instructions as they are known to, which even a noisy machine can tell."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 COUNT = Path(__file__).parent.parent / "bench" / "instructions" / "count.py"
 KEPT = json.loads(COUNT.with_name("avx2.json").read_text())
 MARGIN = 0.03
+GPU = COUNT.with_name("gpu.py")
+KEPT_OF_GPU = json.loads(GPU.with_name("sm_90.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,28 @@ def _stop_unless_comparable(here: dict[str, Any], compiler: str) -> None:
     if here["release"](compiler) != here["release"](KEPT["compiler"]):
         stop = pytest.fail if os.environ.get("CI") else pytest.skip
         stop(f"the counts are those of {KEPT['compiler']}, not of {compiler}: set CXX to a compiler like it")
+
+
+# --- what nvcc makes for a card ---
+
+
+@pytest.fixture(scope="module")
+def counted_for_gpu() -> dict[str, dict[str, float]]:
+    gpu = runpy.run_path(str(GPU))
+    if reason := gpu["why_not"]():
+        pytest.skip(reason)
+    if gpu["compiler"]() != KEPT_OF_GPU["compiler"]:
+        pytest.skip(f"the counts are those of {KEPT_OF_GPU['compiler']}, not of {gpu['compiler']()}")
+    counts: dict[str, dict[str, float]] = gpu["count"]()
+    return counts
+
+
+@pytest.mark.parametrize("case", KEPT_OF_GPU["instructions_per_element"])
+def test_instructions_for_a_gpu_are_those_kept(counted_for_gpu: dict[str, dict[str, float]], case: str) -> None:
+    kept = KEPT_OF_GPU["instructions_per_element"][case]
+    meant = "; if that is meant: python bench/instructions/gpu.py --write"
+    assert counted_for_gpu[case]["all"] == pytest.approx(kept["all"], rel=MARGIN), f"{case}{meant}"
+
+
+def test_every_case_of_a_gpu_is_kept(counted_for_gpu: dict[str, dict[str, float]]) -> None:
+    assert counted_for_gpu.keys() == KEPT_OF_GPU["instructions_per_element"].keys()

@@ -1,0 +1,142 @@
+"""Instructions per element of the CUDA kernels' hot loops, read off the machine code for an H100: no card is needed.
+
+Three models, and a base where the method has one, all bfloat16. A thread takes eight elements each time round; loops
+within are counted once for each model, what is rare with them. By pipe, as what a processor starts in a clock differs:
+128 lanes in all and of float32, 64 of whole numbers, comparisons and choices (`alu`). They are kept in sm_90.json,
+which tests/test_instructions.py holds the kernels to. To keep new ones, on purpose:
+
+    python bench/instructions/gpu.py --write
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+KEPT = HERE / "sm_90.json"
+_CUDA = HERE.parent.parent / "csrc" / "cuda"
+_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-cubin")
+_MODELS, _EIGHT = 3, 8
+_FLOAT, _MEMORY, _CONTROL = (
+    ("FADD", "FMUL", "FFMA", "HFMA2", "IMAD"),
+    ("LD", "ST"),
+    ("B", "EXIT", "NOP", "YIELD", "WARP"),
+)
+
+
+class Loop(NamedTuple):
+    """Where a case is: the file, the function's name as a pattern, how many inputs its loop reads."""
+
+    file: str
+    function: str
+    reads: int
+
+
+def _sweep(keep: int, elect: int, mass: int, reads: int) -> Loop:
+    return Loop("merge", rf"sweep_kernel\w*KeepE{keep}\w*ElectE{elect}\w*MassE{mass}E", reads)
+
+
+CASES = {
+    "linear": _sweep(0, 0, 0, 3),
+    "task_arithmetic": _sweep(0, 0, 0, 4),
+    "ties": _sweep(1, 1, 1, 4),
+    "dare_linear": _sweep(2, 0, 0, 4),
+    "dare_ties": _sweep(2, 1, 1, 4),
+}
+
+
+def why_not() -> str:
+    """Why nothing can be counted here; empty where it can."""
+    missing = [tool for tool, path in (("nvcc", shutil.which("nvcc")), ("nvdisasm", _disassembler())) if not path]
+    return f"{' and '.join(missing)} missing" if missing else ""
+
+
+def compiler() -> str:
+    """The release of nvcc, which the counts depend on."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    (release,) = re.findall(r"release ([\d.]+)", said.stdout)
+    return f"nvcc {release}"
+
+
+def _disassembler() -> str | None:
+    """The toolkit's, or Triton's."""
+    spec = importlib.util.find_spec("triton")
+    folder = Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec and spec.origin else Path()
+    return shutil.which("nvdisasm") or shutil.which(folder / "nvdisasm")
+
+
+def count() -> dict[str, dict[str, float]]:
+    """Of each case the instructions per element: all of them, and those of each pipe."""
+    code = {file: _machine_code(file) for file in {loop.file for loop in CASES.values()}}
+    return {case: _counted(code[loop.file], loop) for case, loop in CASES.items()}
+
+
+def _machine_code(file: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "cubin"
+        subprocess.run(["nvcc", *_FLAGS, "-o", str(cubin), str(_CUDA / f"{file}.cu")], check=True)
+        said = subprocess.run([str(_disassembler()), "-c", str(cubin)], capture_output=True, text=True, check=True)
+    return said.stdout
+
+
+def _counted(code: str, loop: Loop) -> dict[str, float]:
+    (function,) = [
+        part for part in re.split(r"\n(?=//-+ \.text\.)", code) if re.match(rf"//-+ \.text\.\w*{loop.function}", part)
+    ]
+    lines, loops = _loops(function)
+    hot = [each for each in loops if sum("LDS.128" in lines[n] for n in each) == loop.reads and _is_swept(lines, each)]
+    (body,) = [each for each in hot if not any(set(other) < set(each) for other in hot)]
+    within = {n for other in loops if set(other) < set(body) for n in other}
+    pipes: Counter[str] = Counter()
+    for n in body:
+        pipes[_pipe(lines[n])] += _MODELS if n in within else 1
+    return {name: round(each / _EIGHT, 2) for name, each in [("all", pipes.total()), *sorted(pipes.items())]}
+
+
+def _is_swept(lines: list[str], loop: range) -> bool:
+    return any("STG" in lines[n] for n in loop)
+
+
+def _loops(function: str) -> tuple[list[str], list[range]]:
+    """The instructions, and from where to where a branch goes back."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    for line in function.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*)", line):
+            lines.append(instruction[1])
+    branches = [(n, found[1]) for n, line in enumerate(lines) if (found := re.search(r"BRA.*`\((\.L_x_\d+)\)", line))]
+    return lines, [range(labels[to], n + 1) for n, to in branches if labels[to] < n]
+
+
+def _pipe(line: str) -> str:
+    name = re.sub(r"^@!?U?P\w+\s+", "", line)
+    if name.startswith(_MEMORY):
+        return "memory"
+    if name.startswith(_CONTROL):
+        return "control"
+    return "float" if name.startswith(_FLOAT) else "special" if name.startswith("MUFU") else "alu"
+
+
+def main() -> None:
+    if reason := why_not():
+        sys.exit(f"nothing can be counted here: {reason}")
+    counts = count()
+    if sys.argv[1:] == ["--write"]:
+        KEPT.write_text(json.dumps({"compiler": compiler(), "instructions_per_element": counts}, indent=2) + "\n")
+    for case, pipes in counts.items():
+        print(f"{case:16}", *(f"{name} {each:6.2f}" for name, each in pipes.items()))
+
+
+if __name__ == "__main__":
+    main()
