@@ -5,6 +5,7 @@
 // A tile in which anything is odd (a NaN, an Inf, what overflows, a sum too small to be divided here) is left to
 // `sweeping.h`, which looks at it closely.
 #pragma once
+#include "drawn.h"
 #include "lanes.h"
 
 namespace fastmerge {
@@ -33,27 +34,6 @@ constexpr bool has_plain =
         ? keep == Keep::ABOVE || keep == Keep::BERNOULLI
         : elect == Elect::NONE &&
               (keep == Keep::ABOVE || (by == Mass::DIVISOR && (keep == Keep::ALL || keep == Keep::BERNOULLI)));
-
-// Which of the eight elements from `flat` stay, a bit each: one Philox counter serves them.
-__device__ __forceinline__ uint32_t drawn(uint64_t key, uint64_t cut, int64_t flat) {
-  if (cut >> 32) return 0xff;
-  const uint64_t counter = static_cast<uint64_t>(flat) / EIGHT;
-  const uint32_t upper = static_cast<uint32_t>(cut >> 16);
-  const Words words = philox(counter, 0, key);
-  uint32_t kept = 0, equal = 0;  // equal: not 0 where some half is `upper`
-  for (const uint32_t word : words.word) {
-    const uint32_t differ = word ^ (upper | upper << 16);
-    equal |= (differ - 0x00010001) & ~differ & 0x80008000;
-  }
-  for (int i = 0; i < EIGHT; ++i) kept |= uint32_t{piece_of(words, i) < upper} << i;
-  if (equal) {
-    const Words second = philox(counter, 1, key);
-    for (int i = 0; i < EIGHT; ++i) {
-      kept |= uint32_t{piece_of(words, i) == upper && piece_of(second, i) < (cut & 0xffff)} << i;
-    }
-  }
-  return kept;
-}
 
 // What a thread knows of a tensor for a run of its tiles. Where there are fewer models, the others are zeros of weight
 // -0: what they add changes no bit.
@@ -118,11 +98,11 @@ __device__ __forceinline__ int64_t plain_tiles(const Plain& in, int64_t begin, i
   }
 #pragma unroll 1
   for (int turn = 0; tile < until; ++tile, eight += THREADS, turn = turn + 1 < AHEAD ? turn + 1 : 0) {
-    uint32_t kept = 0;  // a byte per model
+    uint32_t kept = 0;  // of each model
     if constexpr (keep == Keep::BERNOULLI) {
 #pragma unroll 1
       for (int m = 0; m < in.count; ++m) {
-        kept |= drawn(in.parts[m].key, in.parts[m].cut, begin + eight * EIGHT) << (8 * m);
+        kept |= drawn(in.parts[m].key, in.parts[m].cut, begin + eight * EIGHT) >> (KEPT_BITS * m);
       }
     }
     await_copies<AHEAD - 1>();
@@ -141,7 +121,7 @@ __device__ __forceinline__ int64_t plain_tiles(const Plain& in, int64_t begin, i
       for (int i = 0; i < EIGHT; ++i) {
         float delta = has_base ? terms[m][i] - base[i] : terms[m][i];
         if (keep == Keep::ABOVE) delta = fabsf(delta) < in.limits[m] ? 0.0f : delta;
-        if (keep == Keep::BERNOULLI) delta = kept >> (8 * m + i) & 1 ? delta : 0.0f;
+        if (keep == Keep::BERNOULLI) delta = kept >> (kept_bit(i) - KEPT_BITS * m) & 1 ? delta : 0.0f;
         terms[m][i] = delta * in.weights[m];
       }
     }

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <limits>
 
-#include "device.h"
+#include "layout.h"
 #include "ops.h"
 
 namespace fastmerge {
@@ -449,30 +449,6 @@ __device__ __forceinline__ void count8(const float (&deltas)[EIGHT], int valid, 
       seen.pending = 0;
     }
     ++seen.pending;
-  }
-}
-
-// Where the inputs of a tile lie, or whether they need a closer look at each access.
-enum class Layout { F32 = 0, F16 = 1, BF16 = 2, ANY = 3 };
-
-__device__ inline Layout layout_of(const View* views, int inputs, int64_t elements) {
-  bool plain = elements % EIGHT == 0;
-  for (int input = 0; input < inputs; ++input) {
-    plain &= views[input].dtype == views[0].dtype && views[input].address % 16 == 0;
-  }
-  return plain ? static_cast<Layout>(views[0].dtype) : Layout::ANY;
-}
-
-template <Layout layout>
-__device__ __forceinline__ Raw8 read8(const View& view, int64_t at, int64_t end) {
-  if constexpr (layout == Layout::ANY) {
-    return raw8<true>(view, at, end);
-  } else {
-    Raw8 raw = {};
-    const auto* from = reinterpret_cast<const uint4*>(view.address) + (layout == Layout::F32 ? at / 4 : at / 8);
-    raw.word[0] = __ldcg(from);
-    if constexpr (layout == Layout::F32) raw.word[1] = __ldcg(from + 1);
-    return raw;
   }
 }
 

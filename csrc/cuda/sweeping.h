@@ -126,7 +126,7 @@ struct Sweeping {
       const float limit = cut ? cut->magnitude : part.magnitude;
       for (float& d : delta) d = d > limit ? limit : d < -limit ? -limit : d;
     } else if constexpr (keep == Keep::BERNOULLI) {
-      for (int i = 0; i < EIGHT; ++i) delta[i] = kept >> i & 1 ? delta[i] : 0.0f;
+      for (int i = 0; i < EIGHT; ++i) delta[i] = kept >> kept_bit(i) & 1 ? delta[i] : 0.0f;
     }
     if (part.rescale != 1.0f) {
       for (float& d : delta) d = d * part.rescale;
@@ -183,12 +183,12 @@ __device__ __forceinline__ void sweep_eight(const char* table, const Item& item,
     sweeping.start();
 #pragma unroll 1
     for (int group = 0; group < models; group += TOGETHER) {
-      uint32_t kept = 0;  // a byte per model, drawn before the loads: both at once take too many registers
+      uint32_t kept = 0;  // of each model, drawn before the loads: both at once take too many registers
       if constexpr (keep == Keep::BERNOULLI) {
 #pragma unroll 1
         for (int m = 0; m < TOGETHER && group + m < models; ++m) {
           const Part& part = parts[group + m];
-          kept |= drawn(part.key, part.cut, item.begin + at) << (8 * m);
+          kept |= drawn(part.key, part.cut, item.begin + at) >> (KEPT_BITS * m);
         }
       }
       Raw8 raws[TOGETHER] = {};  // else what is not read counts as alive all through the kernel
@@ -203,7 +203,8 @@ __device__ __forceinline__ void sweep_eight(const char* table, const Item& item,
         float delta[EIGHT];
         widen8(raws[m], dtype_of(views[group + m]), delta);
         for (int i = 0; i < EIGHT; ++i) delta[i] = delta[i] - base[i];
-        sweeping.add(delta, parts[group + m], cuts ? cuts + group + m : nullptr, item.begin + at, kept >> (8 * m));
+        sweeping.add(delta, parts[group + m], cuts ? cuts + group + m : nullptr, item.begin + at,
+                     kept << (KEPT_BITS * m));
       }
     }
     float out[EIGHT];
