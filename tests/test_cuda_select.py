@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import emulated
@@ -199,6 +200,37 @@ def test_what_is_measured_of_a_tensor_does_not_depend_on_its_company(provider: M
     for alone, gram, norm in zip(inputs, grams, norms, strict=True):
         np.testing.assert_array_equal(provider.gram([alone], Run())[0], gram)
         np.testing.assert_array_equal(provider.norms([alone], [sweep], Run())[0], norm)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("keep", Keep)
+def test_inputs_that_lie_alike_are_measured_as_any_are(provider: ModuleType, dtype: str, keep: Keep) -> None:
+    """Nothing is asked of a single element of them, until a sum says that something is not finite."""
+    rng = np.random.default_rng(28)
+    count, begin = 40_000, 16_000
+    clean = [rng.integers(-64, 65, count) / 64 for _ in range(6)]
+    places = rng.choice(count, 40, replace=False)
+    for vector in clean:
+        vector[places] = 0.0
+    dirty = [vector.copy() for vector in clean]
+    for vector in dirty[:3]:
+        vector[places] = rng.choice([np.nan, np.inf, -np.inf], 40)
+    like = Part(cut=CERTAIN // 3 + 12_345, magnitude=0.5, ties_end=begin + 20_011, top_magnitude=0.75)
+    like = replace(like, top_ties_end=begin + 30_013)
+    measured = []
+    for vectors, skew in ((clean, 0), (dirty, 0), (dirty, 4)):
+        for models, base in ((vectors[:5], vectors[5]), (vectors[:3], None)):
+            tensors = Tensors([(vector, dtype) for vector in models], base if base is None else (base, dtype), skew)
+            assert skew or not any(view.address % 16 for view in tensors.inputs.views)
+            inputs = tensors.inputs._replace(begin=begin)
+            sweep = Sweep(tuple(replace(like, key=i) for i in range(len(models))), keep)
+            measured.append([provider.gram([inputs], Run())[0], provider.norms([inputs], [sweep], Run())[0]])
+    expected = np.array(clean[:3])
+    np.testing.assert_array_equal(measured[1][0], expected @ expected.T)
+    for others in (measured[2:4], measured[4:]):
+        for known, other in zip(measured[:2], others, strict=True):
+            np.testing.assert_array_equal(known[0], other[0])
+            np.testing.assert_array_equal(known[1], other[1])
 
 
 @pytest.mark.parametrize("keep", [Keep.ABOVE, Keep.BERNOULLI], ids=["above", "bernoulli"])

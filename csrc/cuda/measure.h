@@ -1,95 +1,109 @@
-// Sums over the elements of many tensors: in float64, by grains of a fixed size and then in the order of the grains, so
-// that their bits do not depend on the grid.
+// Sums over the elements of many tensors: in float64, by grains whose size follows from the tensor's alone and then in
+// the order of the grains, so that their bits do not depend on the grid.
 //
 // Bytes read per element: those of its inputs, once for up to four models. Products of float32 are exact in float64, so
 // a fused multiply-add rounds once either way. float64 is scarce on the smaller cards: one conversion per delta, one
 // operation per product.
 #pragma once
-#include "../random.h"
-#include "device.h"
+#include "deltas.h"
+#include "drawn.h"
 
 namespace fastmerge {
 namespace {
 
-constexpr int MEASURE_THREADS = 256;
-constexpr int GRAIN = 16 * MEASURE_THREADS * EIGHT;
-constexpr int TOGETHER = 4;  // models that `gram` reads at once
-constexpr int THREE = 3;     // and `norms`, whose sums take more registers
-constexpr int NORMS = 6;     // of a model: L1, the square of L2, Linf; before `keep`, then after it
-constexpr int MOST_SUMS = TOGETHER * (TOGETHER + 1) / 2;  // that a block adds up at once
-constexpr size_t MEASURE_SHARED = MOST_SUMS * MEASURE_THREADS / WARP * sizeof(double);
-static_assert(NORMS <= MOST_SUMS);
+constexpr int64_t LEAST_GRAIN = 8 * STEP;
+constexpr int64_t MOST_GRAINS = 4096;  // of a tensor: one block adds them up
+constexpr int NORMS = 6;               // of a model: L1, the square of L2, Linf; before `keep`, then after it
+constexpr int MOST_SUMS = 3 * NORMS;   // that a block adds up at once
+
+static_assert(TOGETHER * (TOGETHER + 1) / 2 <= MOST_SUMS);
+
+// Read anew from shared memory at each use, as registers are scarcer than that: which grains are a block's ...
+struct Share {
+  volatile int first, end;
+  volatile int tensor;  // the one it is at
+};
+
+// ... and what a random `keep` goes by.
+struct Draws {
+  volatile int64_t index;  // of the grain's first element
+  volatile uint64_t key[3], cut[3];
+};
+
+// What a block keeps in shared memory.
+struct Slate {
+  double sums[MOST_SUMS][MEASURE_THREADS / WARP];
+  Starts starts;
+  Draws draws;
+  Share share;
+};
+constexpr size_t MEASURE_SHARED = sizeof(Slate);
+
+__device__ __forceinline__ Slate& slate() {
+  return *reinterpret_cast<Slate*>(shared_memory());
+}
+
+FASTMERGE_INLINE int64_t grain_of(int64_t elements) {
+  int64_t grain = LEAST_GRAIN;
+  while ((elements + grain - 1) / grain > MOST_GRAINS) grain *= 2;
+  return grain;
+}
+
+FASTMERGE_INLINE int64_t gram_width(int models) {
+  return int64_t{models} * models;
+}
+
+FASTMERGE_INLINE int64_t norms_width(int models) {
+  return int64_t{models} * NORMS;
+}
 
 // One tensor: places in the tables, and what to keep.
 struct Measured {
-  int64_t elements, begin;
-  int64_t grain, view, part, sum, out;  // its first; `sum` in the grains' sums, `out` in the tensors'
+  int64_t elements, begin, grain;  // elements of a grain
+  int64_t view, part, sum, out;    // its first; `sum` in the grains' sums, `out` in the tensors'
+  int32_t first, grains;           // grains: those of the tensors before, and its own
   int32_t models, inputs;
-  Keep keep;
 };
 
 struct Measures {
   const Measured* tensors;
   int count;
-  int64_t grains;
+  int grains;
   const View* views;
   const Part* parts;
-  double* sums;  // [grains, width]
+  double* sums;  // of each tensor [width, grains]
+  int* done;     // grains of each tensor
   double* out;   // [tensors, width]
 };
 
-struct Gram {
-  static __device__ int width(const Measured& tensor) { return tensor.models * tensor.models; }
-  static __device__ bool is_largest(int) { return false; }
+// Where the sums of a grain go.
+struct Place {
+  double* first;
+  int grains;
+
+  __device__ void write(int sum, double value) const { first[int64_t{sum} * grains] = value; }
 };
 
-struct Norms {
-  static __device__ int width(const Measured& tensor) { return tensor.models * NORMS; }
-  static __device__ bool is_largest(int sum) { return sum % 3 == 2; }
-};
-
-// Which models a block reads at once.
-struct Few {
-  int model[TOGETHER];
-  int count;
-};
-
-// Finite deltas of eight elements from `at` of some models; others count as 0, and so does what lies past the end.
-template <int count>
-__device__ __forceinline__ void finite8(const Measured& tensor, const View* views, const Few& few, int64_t at,
-                                        float (&deltas)[count][EIGHT]) {
-  Raw8 raw[count];
-  float base[EIGHT] = {};
-#pragma unroll
-  for (int i = 0; i < count; ++i) raw[i] = raw8(views[few.model[i]], at, tensor.elements);
-  if (tensor.inputs > tensor.models) load8(views[tensor.models], at, tensor.elements, base);
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    widen8(raw[i], dtype_of(views[few.model[i]]), deltas[i]);
-#pragma unroll
-    for (int e = 0; e < EIGHT; ++e) {
-      const float delta = deltas[i][e] - base[e];
-      deltas[i][e] = fabsf(delta) < from_bits(INFINITE) ? delta : 0.0f;
-    }
-  }
+__device__ __forceinline__ double larger_of(double a, double b) {
+  return a > b ? a : b;
 }
 
 // Adds up over the block: `write(i, sum)` is called once for each of the values, by some thread.
 template <int count, class IsLargest, class Write>
-__device__ __forceinline__ void add_up(double (&values)[count], const IsLargest& is_largest, const Write& write) {
-  auto* shared = reinterpret_cast<double*>(shared_memory());
-  constexpr int warps = MEASURE_THREADS / WARP;
+__device__ __forceinline__ void add_up(const double (&values)[count], const IsLargest& is_largest, const Write& write) {
+  static_assert(count <= MOST_SUMS);
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     const double here = is_largest(i) ? warp_max(values[i]) : warp_sum(values[i]);
-    if (threadIdx.x % WARP == 0) shared[i * warps + threadIdx.x / WARP] = here;
+    if (threadIdx.x % WARP == 0) slate().sums[i][threadIdx.x / WARP] = here;
   }
   sync_block();
   for (int i = threadIdx.x; i < count; i += MEASURE_THREADS) {
-    double sum = shared[i * warps];
-    for (int warp = 1; warp < warps; ++warp) {
-      const double here = shared[i * warps + warp];
-      sum = is_largest(i) ? (here > sum ? here : sum) : sum + here;
+    const double (&each)[MEASURE_THREADS / WARP] = slate().sums[i];
+    double sum = each[0];
+#pragma unroll
+    for (int warp = 1; warp < MEASURE_THREADS / WARP; ++warp) {
+      sum = is_largest(i) ? larger_of(each[warp], sum) : sum + each[warp];
     }
     write(i, sum);
   }
@@ -98,14 +112,21 @@ __device__ __forceinline__ void add_up(double (&values)[count], const IsLargest&
 
 // --- gram ---
 
-// Inner products of some models over a grain; `wanted(i, j)` are written.
-template <int count, class Wanted>
-__device__ void products(const Measured& tensor, const View* views, const Few& few, int64_t from, int64_t to,
-                         double* sums, const Wanted& wanted) {
-  double pairs[count * (count + 1) / 2] = {};
-  for (int64_t at = from + threadIdx.x * EIGHT; at < to; at += MEASURE_THREADS * EIGHT) {
-    float deltas[count][EIGHT];
-    finite8<count>(tensor, views, few, at, deltas);
+template <int count>
+struct Products {
+  static constexpr int PAIRS = count * (count + 1) / 2;
+  double pairs[PAIRS];
+
+  static constexpr __device__ int pair_of(int i, int j) { return j * (j + 1) / 2 + i; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (double& pair : pairs) pair = 0.0;
+  }
+
+  __device__ __forceinline__ void prepare(int) {}
+
+  __device__ __forceinline__ void take(const float (&deltas)[count][EIGHT], int) {
 #pragma unroll
     for (int e = 0; e < EIGHT; ++e) {
       double wide[count];
@@ -114,154 +135,307 @@ __device__ void products(const Measured& tensor, const View* views, const Few& f
 #pragma unroll
       for (int j = 0; j < count; ++j) {
 #pragma unroll
-        for (int i = 0; i <= j; ++i) pairs[j * (j + 1) / 2 + i] = fma(wide[i], wide[j], pairs[j * (j + 1) / 2 + i]);
+        for (int i = 0; i <= j; ++i) pairs[pair_of(i, j)] = fma(wide[i], wide[j], pairs[pair_of(i, j)]);
       }
     }
   }
-  add_up(pairs, Gram::is_largest, [&](int pair, double sum) {
-    int j = 0;
-    while ((j + 1) * (j + 2) / 2 <= pair) ++j;
-    const int i = pair - j * (j + 1) / 2;
-    if (wanted(i, j)) sums[few.model[i] * tensor.models + few.model[j]] = sum;
-  });
-}
 
-template <class Wanted>
-__device__ __forceinline__ void products(const Measured& tensor, const View* views, const Few& few, int64_t from,
-                                         int64_t to, double* sums, const Wanted& wanted) {
-  switch (few.count) {
-    case 1: return products<1>(tensor, views, few, from, to, sums, wanted);
-    case 2: return products<2>(tensor, views, few, from, to, sums, wanted);
-    case 3: return products<3>(tensor, views, few, from, to, sums, wanted);
-    default: return products<4>(tensor, views, few, from, to, sums, wanted);
+  // A product of two float32 is far from the largest float64.
+  __device__ __forceinline__ bool is_finite() const {
+    double sum = 0.0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) sum += pairs[pair_of(i, i)];
+    return sum - sum == 0.0;
   }
-}
+};
 
-// More than four models are taken as pairs of two, each pair with each other, so that all meet; a product within a pair
-// is written where the pair first meets another.
-__device__ inline void measure(Gram, const Measured& tensor, const View* views, const Part*, int64_t from, int64_t to,
-                               double* sums) {
-  if (tensor.models <= TOGETHER) {
-    const Few all = {{0, 1, 2, 3}, tensor.models};
-    return products(tensor, views, all, from, to, sums, [](int, int) { return true; });
-  }
-  const int pairs = (tensor.models + 1) / 2;
-  for (int first = 0; first < pairs; ++first) {
-    for (int second = first + 1; second < pairs; ++second) {
-      const int rest = tensor.models - 2 * second;
-      const Few few = {{2 * first, 2 * first + 1, 2 * second, 2 * second + 1}, rest >= 2 ? 4 : 3};
-      products(tensor, views, few, from, to, sums, [&](int i, int j) {
-        const bool across = i < 2 && j >= 2;
-        return across || (first == 0 && (j >= 2 || second == 1));
+// Inner products of some models over a grain; `wanted(i, j)` are written.
+template <Layout layout, int count, class Wanted>
+__device__ __forceinline__ void multiply(const Grain& grain, const Few& few, int models, const Place& place,
+                                         const Wanted& wanted) {
+  Products<count> products;
+  take_deltas<layout, count>(grain, few, slate().starts, products);
+  add_up(
+      products.pairs, [](int) { return false; },
+      [&](int pair, double sum) {
+        int j = 0;
+        while (Products<count>::pair_of(0, j + 1) <= pair) ++j;
+        const int i = pair - Products<count>::pair_of(0, j);
+        if (wanted(i, j)) place.write(few.at(i) * models + few.at(j), sum);
       });
-    }
-  }
 }
 
-// --- norms ---
+template <Layout layout>
+struct Gram {
+  static constexpr int blocks = 2;  // per processor
 
-// Which of eight elements are above a magnitude, or equal to it among the first `ties`, as bits.
-__device__ __forceinline__ uint32_t above8(const float (&deltas)[EIGHT], float magnitude, int64_t ties) {
-  uint32_t above = 0;
-#pragma unroll
-  for (int e = 0; e < EIGHT; ++e) {
-    const float delta = fabsf(deltas[e]);
-    above |= static_cast<uint32_t>(delta > fabsf(magnitude) || (delta == fabsf(magnitude) && e < ties)) << e;
-  }
-  return above;
-}
+  static __device__ int64_t width(int models) { return gram_width(models); }
+  static __device__ bool is_wanted(int models, int sum) { return sum / models <= sum % models; }
+  static __device__ bool is_largest(int) { return false; }
 
-// Which of eight elements stay, as bits; `index` is the flat index of the first.
-template <Keep keep>
-__device__ __forceinline__ uint32_t kept8(const Part& part, const float (&deltas)[EIGHT], int64_t index) {
-  uint32_t kept = 0;
-  if constexpr (keep == Keep::ABOVE || keep == Keep::BAND) {
-    kept = above8(deltas, part.magnitude, part.ties_end - index);
-    if (keep == Keep::BAND) kept &= ~above8(deltas, part.top_magnitude, part.top_ties_end - index);
-  } else {
-    const auto upper = static_cast<uint32_t>(part.cut >> 16);
-    const Words words = philox(static_cast<uint64_t>(index) / EIGHT, 0, part.key);
-    uint32_t equal = 0;
-#pragma unroll
-    for (int e = 0; e < EIGHT; ++e) {
-      const uint32_t piece = piece_of(words, e);
-      kept |= static_cast<uint32_t>(piece < upper) << e;
-      equal |= static_cast<uint32_t>(piece == upper) << e;
+  // More than four models are taken as pairs of two, each pair with each other, so that all meet; a product within a
+  // pair is written where the pair first meets another.
+  static __device__ __forceinline__ void measure(const Measured& tensor, const Grain& grain, const Part*,
+                                                 const Place& place) {
+    const int models = tensor.models;
+    const auto all = [](int, int) { return true; };
+    switch (models) {
+      case 1: return multiply<layout, 1>(grain, {{0}}, models, place, all);
+      case 2: return multiply<layout, 2>(grain, {{0, 1}}, models, place, all);
+      case 3: return multiply<layout, 3>(grain, {{0, 1, 2}}, models, place, all);
+      case 4: return multiply<layout, 4>(grain, {{0, 1, 2, 3}}, models, place, all);
     }
-    for (; equal != 0; equal &= equal - 1) {
-      const int e = __ffs(static_cast<int>(equal)) - 1;
-      kept |= static_cast<uint32_t>(kept_on_equal(index + e, part.key, part.cut)) << e;
-    }
-  }
-  return kept;
-}
-
-template <Keep keep, int count>
-__device__ void sizes(const Measured& tensor, const View* views, const Part* parts, const Few& few, int64_t from,
-                      int64_t to, double* sums) {
-  constexpr int stages = keep == Keep::ALL ? 1 : 2;
-  double totals[count][NORMS] = {};
-  float largest[count][2] = {};
-  for (int64_t at = from + threadIdx.x * EIGHT; at < to; at += MEASURE_THREADS * EIGHT) {
-    float deltas[count][EIGHT];
-    finite8<count>(tensor, views, few, at, deltas);
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      uint32_t kept = 0;
-      if constexpr (stages == 2 && keep != Keep::CLIP)
-        kept = kept8<keep>(parts[few.model[i]], deltas[i], tensor.begin + at);
-#pragma unroll
-      for (int e = 0; e < EIGHT; ++e) {
-#pragma unroll
-        for (int stage = 0; stage < stages; ++stage) {
-          if (stage == 1 && keep != Keep::CLIP && !(kept >> e & 1)) continue;
-          float magnitude = fabsf(deltas[i][e]);
-          if (stage == 1 && keep == Keep::CLIP) magnitude = fminf(magnitude, parts[few.model[i]].magnitude);
-          const double wide = magnitude;
-          totals[i][3 * stage] += wide;
-          totals[i][3 * stage + 1] = fma(wide, wide, totals[i][3 * stage + 1]);
-          largest[i][stage] = fmaxf(largest[i][stage], magnitude);
+    const int pairs = (models + 1) / 2;
+    for (int first = 0; first < pairs; ++first) {
+      for (int second = first + 1; second < pairs; ++second) {
+        const auto wanted = [&](int i, int j) {
+          const bool across = i < 2 && j >= 2;
+          return across || (first == 0 && (j >= 2 || second == 1));
+        };
+        const Few few = {{2 * first, 2 * first + 1, 2 * second, 2 * second + 1}};
+        if (2 * second + 1 < models) {
+          multiply<layout, 4>(grain, few, models, place, wanted);
+        } else {
+          multiply<layout, 3>(grain, few, models, place, wanted);
         }
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-#pragma unroll
-    for (int stage = 0; stage < 2; ++stage) {
-      const int from_stage = stage < stages ? stage : 0;
-      totals[i][3 * stage] = totals[i][3 * from_stage];
-      totals[i][3 * stage + 1] = totals[i][3 * from_stage + 1];
-      totals[i][3 * stage + 2] = largest[i][from_stage];
-    }
-    add_up(totals[i], Norms::is_largest, [&](int sum, double value) { sums[few.model[i] * NORMS + sum] = value; });
-  }
+};
+
+// --- norms ---
+
+__device__ __forceinline__ bool is_peak(int norm) {
+  return norm % 3 == 2;
 }
 
+// Of one model, before or after `keep`.
+struct Size {
+  double l1, squares;
+  float largest;
+
+  __device__ __forceinline__ void add(double wide) {
+    l1 += wide;
+    squares = fma(wide, wide, squares);
+  }
+};
+
+// Where ties end, seen from the first element of a grain, which has the flat index `index`.
+__device__ __forceinline__ int end_of(int64_t ties_end, int64_t index) {
+  const int64_t distance = ties_end - index, most = int64_t{1} << 30;
+  return static_cast<int>(distance < 0 ? 0 : distance > most ? most : distance);
+}
+
+// What is kept of a model's deltas, as a grain needs it.
 template <Keep keep>
-__device__ __forceinline__ void sizes(const Measured& tensor, const View* views, const Part* parts, int64_t from,
-                                      int64_t to, double* sums) {
-  for (int model = 0; model < tensor.models; model += THREE) {
-    const int rest = tensor.models - model;
-    const Few few = {{model, model + 1, model + 2}, rest < THREE ? rest : THREE};
-    switch (few.count) {
-      case 1: sizes<keep, 1>(tensor, views, parts, few, from, to, sums); break;
-      case 2: sizes<keep, 2>(tensor, views, parts, few, from, to, sums); break;
-      default: sizes<keep, 3>(tensor, views, parts, few, from, to, sums);
-    }
+struct Rule {
+  __device__ __forceinline__ void learn(const Part&, int64_t) {}
+};
+
+template <>
+struct Rule<Keep::ABOVE> {
+  uint32_t magnitude;
+  int end;  // of ties
+
+  __device__ __forceinline__ void learn(const Part& part, int64_t index) {
+    magnitude = to_bits(part.magnitude) & 0x7fffffff;
+    end = end_of(part.ties_end, index);
+  }
+};
+
+template <>
+struct Rule<Keep::BAND> {
+  uint32_t magnitude, top_magnitude;
+  int end, top_end;
+
+  __device__ __forceinline__ void learn(const Part& part, int64_t index) {
+    magnitude = to_bits(part.magnitude) & 0x7fffffff;
+    top_magnitude = to_bits(part.top_magnitude) & 0x7fffffff;
+    end = end_of(part.ties_end, index);
+    top_end = end_of(part.top_ties_end, index);
+  }
+};
+
+template <>
+struct Rule<Keep::CLIP> {
+  float limit;
+
+  __device__ __forceinline__ void learn(const Part& part, int64_t) { limit = part.magnitude; }
+};
+
+template <>
+struct Rule<Keep::BERNOULLI> {
+  uint32_t kept;  // of the eight elements at hand, by all models
+  int shift;      // to the right, of this one's
+};
+
+// The sizes of eight elements, before and after what a rule keeps of them.
+__device__ __forceinline__ void add8(const float (&deltas)[EIGHT], int, const Rule<Keep::ALL>&, Size (&sizes)[2]) {
+#pragma unroll
+  for (const float delta : deltas) {
+    sizes[0].add(fabsf(delta));
+    sizes[0].largest = fmaxf(sizes[0].largest, fabsf(delta));
   }
 }
 
-__device__ inline void measure(Norms, const Measured& tensor, const View* views, const Part* parts, int64_t from,
-                               int64_t to, double* sums) {
-  switch (tensor.keep) {
-    case Keep::ALL: return sizes<Keep::ALL>(tensor, views, parts, from, to, sums);
-    case Keep::ABOVE: return sizes<Keep::ABOVE>(tensor, views, parts, from, to, sums);
-    case Keep::BERNOULLI: return sizes<Keep::BERNOULLI>(tensor, views, parts, from, to, sums);
-    case Keep::BAND: return sizes<Keep::BAND>(tensor, views, parts, from, to, sums);
-    case Keep::CLIP: return sizes<Keep::CLIP>(tensor, views, parts, from, to, sums);
+// In nearly all eights equals stay either all or not at all, so that one limit decides; where they do not, those that
+// stay are added afterwards, which is exact: eight times a square of 48 bits is one of 51.
+__device__ __forceinline__ void add8(const float (&deltas)[EIGHT], int offset, const Rule<Keep::ABOVE>& rule,
+                                     Size (&sizes)[2]) {
+  const int ties = rule.end - offset;
+  const float limit = from_bits(rule.magnitude + (ties < EIGHT));
+  float largest = 0.0f;
+#pragma unroll
+  for (const float delta : deltas) {
+    const double wide = fabsf(delta);
+    sizes[0].add(wide);
+    if (fabsf(delta) >= limit) sizes[1].add(wide);
+    largest = fmaxf(largest, fabsf(delta));
+  }
+  sizes[0].largest = fmaxf(sizes[0].largest, largest);
+  if (largest >= limit) sizes[1].largest = fmaxf(sizes[1].largest, largest);
+  if (ties <= 0 || ties >= EIGHT) return;
+  const float equal = from_bits(rule.magnitude);
+  int equals = 0;
+#pragma unroll
+  for (int e = 0; e < EIGHT; ++e) equals += e < ties && fabsf(deltas[e]) == equal;
+  const double wide = equal;
+  if (equals > 0) {
+    sizes[1].l1 += equals * wide;
+    sizes[1].squares = fma(equals * wide, wide, sizes[1].squares);
+    sizes[1].largest = fmaxf(sizes[1].largest, equal);
   }
 }
+
+template <class Kept>
+__device__ __forceinline__ void add8_kept(const float (&deltas)[EIGHT], Size (&sizes)[2], const Kept& kept) {
+#pragma unroll
+  for (int e = 0; e < EIGHT; ++e) {
+    const float magnitude = fabsf(deltas[e]);
+    const double wide = magnitude;
+    sizes[0].add(wide);
+    sizes[0].largest = fmaxf(sizes[0].largest, magnitude);
+    if (!kept(e, magnitude)) continue;
+    sizes[1].add(wide);
+    sizes[1].largest = fmaxf(sizes[1].largest, magnitude);
+  }
+}
+
+__device__ __forceinline__ void add8(const float (&deltas)[EIGHT], int offset, const Rule<Keep::BAND>& rule,
+                                     Size (&sizes)[2]) {
+  const int ties = rule.end - offset, top_ties = rule.top_end - offset;
+  add8_kept(deltas, sizes, [&](int e, float magnitude) {
+    return magnitude >= from_bits(rule.magnitude + (e >= ties)) &&
+           !(magnitude >= from_bits(rule.top_magnitude + (e >= top_ties)));
+  });
+}
+
+__device__ __forceinline__ void add8(const float (&deltas)[EIGHT], int, const Rule<Keep::CLIP>& rule,
+                                     Size (&sizes)[2]) {
+#pragma unroll
+  for (const float delta : deltas) {
+    const float clipped = fminf(fabsf(delta), rule.limit);
+    sizes[0].add(fabsf(delta));
+    sizes[1].add(clipped);
+    sizes[0].largest = fmaxf(sizes[0].largest, fabsf(delta));
+    sizes[1].largest = fmaxf(sizes[1].largest, clipped);
+  }
+}
+
+__device__ __forceinline__ void add8(const float (&deltas)[EIGHT], int, const Rule<Keep::BERNOULLI>& rule,
+                                     Size (&sizes)[2]) {
+  add8_kept(deltas, sizes, [&](int e, float) { return (rule.kept >> (kept_bit(e) - rule.shift) & 1) != 0; });
+}
+
+template <Keep keep, int count>
+struct Sizes {
+  Rule<keep> rules[count];
+  Size sizes[count][2];
+
+  // `index` is that of the grain's first element.
+  __device__ __forceinline__ Sizes(const Part* parts, int64_t index) {
+    if constexpr (keep == Keep::BERNOULLI) {
+      Draws& draws = slate().draws;
+      if (threadIdx.x == 0) draws.index = index;
+      if (threadIdx.x < count) {
+        draws.key[threadIdx.x] = parts[threadIdx.x].key;
+        draws.cut[threadIdx.x] = parts[threadIdx.x].cut;
+      }
+      sync_block();
+    } else {
+#pragma unroll
+      for (int i = 0; i < count; ++i) rules[i].learn(parts[i], index);
+    }
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (auto& size : sizes) size[0] = size[1] = {0.0, 0.0, 0.0f};
+  }
+
+  // Draws one model after the other, as all at once would take too many registers, while loads are on their way.
+  __device__ __forceinline__ void prepare(int offset) {
+    if constexpr (keep == Keep::BERNOULLI) {
+      const Draws& draws = slate().draws;
+      uint32_t kept = 0;
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        kept |= drawn(draws.key[i], draws.cut[i], draws.index + offset) >> (KEPT_BITS * i);
+      }
+#pragma unroll
+      for (int i = 0; i < count; ++i) rules[i] = {kept, KEPT_BITS * i};
+    }
+  }
+
+  __device__ __forceinline__ void take(const float (&deltas)[count][EIGHT], int offset) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) add8(deltas[i], offset, rules[i], sizes[i]);
+  }
+
+  __device__ __forceinline__ bool is_finite() const {
+    double sum = 0.0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) sum += sizes[i][0].l1;
+    return sum - sum == 0.0;
+  }
+};
+
+template <Keep keep, Layout layout, int count>
+__device__ __forceinline__ void size_up(const Grain& grain, int first, const Part* parts, int64_t begin,
+                                        const Place& place) {
+  Sizes<keep, count> taken(parts + first, begin + grain.from);
+  take_deltas<layout, count>(grain, {{first, first + 1, first + 2}}, slate().starts, taken);
+  double totals[count * NORMS];
+#pragma unroll
+  for (int i = 0; i < count * 2; ++i) {
+    const Size& size = taken.sizes[i / 2][keep == Keep::ALL ? 0 : i % 2];
+    totals[3 * i] = size.l1;
+    totals[3 * i + 1] = size.squares;
+    totals[3 * i + 2] = size.largest;
+  }
+  add_up(totals, is_peak, [&](int sum, double value) { place.write(first * NORMS + sum, value); });
+}
+
+template <Keep keep, Layout layout>
+struct Norms {
+  static constexpr int blocks = 2;
+
+  static __device__ int64_t width(int models) { return norms_width(models); }
+  static __device__ bool is_wanted(int, int) { return true; }
+  static __device__ bool is_largest(int sum) { return is_peak(sum); }
+
+  static __device__ __forceinline__ void measure(const Measured& tensor, const Grain& grain, const Part* parts,
+                                                 const Place& place) {
+    constexpr int most = keep == Keep::BAND ? 2 : 3;  // more at once would spill registers
+    for (int model = 0; model < tensor.models; model += most) {
+      switch (tensor.models - model) {
+        case 1: size_up<keep, layout, 1>(grain, model, parts, tensor.begin, place); break;
+        case 2: size_up<keep, layout, 2>(grain, model, parts, tensor.begin, place); break;
+        default: size_up<keep, layout, most>(grain, model, parts, tensor.begin, place);
+      }
+    }
+  }
+};
 
 }  // namespace
 }  // namespace fastmerge
