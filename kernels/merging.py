@@ -52,6 +52,8 @@ _BY_COUNT = tl.constexpr(int(Mean.COUNT))
 _BY_CONTRIBUTORS = tl.constexpr(int(Mean.CONTRIBUTORS))
 
 _INFINITE = tl.constexpr(0x7F800000)
+#: Over the least float32 and over the largest finite.
+_SMALL = tl.constexpr(2.0**-64)
 #: The first of none.
 _NOWHERE = tl.constexpr(int(np.iinfo(np.int64).max))
 
@@ -178,8 +180,20 @@ def _merged(
         if mean != _BY_SUM:
             mass = tl.where(agreeing == 0.0, 1.0, agreeing)
     if divides:
-        total = tl.div_rn(total, mass)
+        total = _divided(total, mass)
     return total * number(words + models * PART + 1)
+
+
+@triton.jit
+def _divided(total, mass):
+    """total / mass, rounded once; `mass` is not zero.
+
+    A numerator of zero, as most sums of ties and dare are, would take a card's slow way for all elements of a warp. So
+    a small number is divided in its place, which is nowhere near an overflow, and what comes of it only lends its sign.
+    """
+    none = total == 0.0
+    quotient = tl.div_rn(tl.where(none, _SMALL, total), mass)
+    return tl.where(none, total * quotient, quotient)
 
 
 @triton.jit
@@ -308,5 +322,5 @@ def stages_of(sweeps: Sequence[Sweep]) -> tuple[tuple[int, ...], ...]:
 
 @cache
 def _stages(keep: Keep, elect: Elect, tie_vote: TieVote, mean: Mean, divides: bool) -> tuple[int, ...]:
-    counts = bool(elect) or mean is Mean.CONTRIBUTORS
-    return int(keep), int(elect), int(tie_vote), int(mean if counts else Mean.SUM), int(mean is not Mean.SUM or divides)
+    by = mean if elect or mean is Mean.CONTRIBUTORS else Mean.SUM
+    return int(keep), int(elect), int(tie_vote), int(by), int(by is not Mean.SUM or divides)

@@ -30,6 +30,7 @@ from test_ops import (  # noqa: F401  run here by the provider of this file
     test_a_nan_is_never_outvoted,
     test_a_threshold_trims_to_exactly_its_rank,
     test_a_vote_of_zero_elects_as_asked,
+    test_a_zero_divided_is_a_zero_of_the_quotients_sign,
     test_equals_are_kept_below_the_end_of_ties,
     test_every_16_bit_number_survives_the_way_there_and_back,
     test_every_nan_comes_out_as_one,

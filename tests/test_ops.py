@@ -359,6 +359,14 @@ def test_a_mass_of_zero_counts_as_one(provider: ModuleType) -> None:
     same_bits(merged_values(provider, [[2.0], [-3.0]], [0.0], Sweep((Part(), Part()), divisor=0.0)), [-1.0])
 
 
+@pytest.mark.parametrize("divisor", [2.0, -3.0, 1e-45, -1e-45, 3e38])
+def test_a_zero_divided_is_a_zero_of_the_quotients_sign(provider: ModuleType, divisor: float) -> None:
+    zeros = np.array([-0.0, 0.0], np.float32)
+    same_bits(
+        merged_values(provider, [zeros.tolist()], None, Sweep((Part(),), divisor=divisor)), zeros / np.float32(divisor)
+    )
+
+
 def test_without_an_election_no_model_agrees(provider: ModuleType) -> None:
     """Means by those that agree are sums then; a model of weight 0 contributes nothing, a NaN does."""
     models = [[3.0, 3.0, 0.0, np.nan], [1.0, 1.0, 0.0, 0.0], [2.0, 0.0, 0.0, 1.0]]
