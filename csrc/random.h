@@ -17,11 +17,21 @@ struct Words {
   uint32_t word[4];
 };
 
+FASTMERGE_INLINE uint64_t product_of(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;  // nvcc would multiply all 64 bits, and add the zeros that come of it
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 FASTMERGE_INLINE Words philox(uint64_t counter, uint32_t stream, uint64_t key) {
   uint32_t x0 = static_cast<uint32_t>(counter), x1 = static_cast<uint32_t>(counter >> 32), x2 = stream, x3 = 0;
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(PHILOX_M0) * x0, p1 = static_cast<uint64_t>(PHILOX_M1) * x2;
+    const uint64_t p0 = product_of(PHILOX_M0, x0), p1 = product_of(PHILOX_M1, x2);
     x0 = static_cast<uint32_t>(p1 >> 32) ^ x1 ^ k0;
     x1 = static_cast<uint32_t>(p1);
     x2 = static_cast<uint32_t>(p0 >> 32) ^ x3 ^ k1;

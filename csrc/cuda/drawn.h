@@ -20,13 +20,14 @@ __device__ __forceinline__ uint32_t drawn(uint64_t key, uint64_t cut, int64_t fl
   const uint64_t counter = static_cast<uint64_t>(flat) / EIGHT;
   const uint32_t upper = static_cast<uint32_t>(cut >> 16), both = upper | upper << 16;
   const Words words = philox(counter, 0, key);
-  uint32_t kept = 0, equal = 0;  // equal: not 0 where some half is `upper`
+  uint32_t kept = 0, equal = 0;  // equal: a top is set where some half may be `upper`
   for (int i = 0; i < 4; ++i) {
-    const uint32_t word = words.word[i], least = (word | tops) - (both & ~tops), differ = word ^ both;
-    kept |= (((~word & both) | ~(differ | least)) & tops) >> i;
-    equal |= (differ - 0x00010001) & ~differ & tops;
+    const uint32_t word = words.word[i];
+    const uint32_t least = (word | tops) - (both & ~tops);  // a top is set where what is below it is no less
+    kept |= (((~word & both) | ~((word ^ both) | least)) & tops) >> i;
+    equal |= least & ~(least - 0x00010001);
   }
-  if (equal) {
+  if (equal & tops) {
     const Words second = philox(counter, 1, key);
     for (int i = 0; i < EIGHT; ++i) {
       kept |= uint32_t{piece_of(words, i) == upper && piece_of(second, i) < (cut & 0xffff)} << kept_bit(i);
