@@ -52,7 +52,8 @@ pybind11_add_module(_cuda NO_EXTRAS ${cuda_sources})
 set_target_properties(_cuda PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_VISIBILITY_PRESET hidden)
 target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
 target_compile_definitions(_cuda PRIVATE FASTMERGE_VERSION="${SKBUILD_PROJECT_VERSION_FULL}")
+# A kernel that spills registers for any of the architectures is a warning, and so an error.
 target_compile_options(_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-O3;-Wall;-Wextra;$<$<BOOL:${FASTMERGE_WERROR}>:-Werror>>
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3;-fmad=false;--threads=0;${compressed};-Xcompiler=-Wall,-Wextra;$<$<BOOL:${FASTMERGE_WERROR}>:-Werror=all-warnings>>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-O3;-fmad=false;--threads=0;${compressed};-Xcompiler=-Wall,-Wextra;$<$<BOOL:${FASTMERGE_WERROR}>:-Werror=all-warnings;-Xptxas=--warn-on-spills,--warn-on-local-memory-usage>>)
 install(TARGETS _cuda DESTINATION fastmerge)

@@ -192,10 +192,16 @@ void run(const std::vector<Job>& jobs, cudaStream_t stream, const Collect& colle
 constexpr Kernel GRAM[LAYOUTS] = {measure_kernel<Gram<Layout::F32>>, measure_kernel<Gram<Layout::F16>>,
                                   measure_kernel<Gram<Layout::BF16>>, measure_kernel<Gram<Layout::ANY>>};
 
+// Of norms only what is common is compiled for its layout: each kernel takes a second for each card.
+constexpr bool is_common(Keep keep) {
+  return keep == Keep::ALL || keep == Keep::ABOVE || keep == Keep::BERNOULLI;
+}
+
 template <Keep keep>
-constexpr Kernel NORMS_OF[LAYOUTS] = {
-    measure_kernel<Norms<keep, Layout::F32>>, measure_kernel<Norms<keep, Layout::F16>>,
-    measure_kernel<Norms<keep, Layout::BF16>>, measure_kernel<Norms<keep, Layout::ANY>>};
+constexpr Kernel NORMS_OF[LAYOUTS] = {measure_kernel<Norms<keep, Layout::ANY>>,
+                                      measure_kernel<Norms<keep, Layout::ANY>>,
+                                      measure_kernel<Norms<keep, is_common(keep) ? Layout::BF16 : Layout::ANY>>,
+                                      measure_kernel<Norms<keep, Layout::ANY>>};
 
 const Kernel* norms_of(Keep keep) {
   switch (keep) {
