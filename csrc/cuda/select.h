@@ -44,8 +44,9 @@ constexpr int BINS = 1024;
 constexpr int DIGITS = 2048;
 // Models read together, so that the base is read once for them; a fourth would spill registers.
 constexpr int AT_ONCE = 3;
-constexpr int BLOCK_SECTIONS = 8;  // of a selection that is one block's work
-constexpr int64_t TILE = 4 * SELECT_THREADS * EIGHT;
+constexpr int BLOCK_SECTIONS = 8;                 // of a selection that is one block's work
+constexpr int64_t UNIT = SELECT_THREADS * EIGHT;  // eight for each thread of a block
+constexpr int64_t TILE = 4 * UNIT;
 constexpr int64_t ALL_EQUALS = std::numeric_limits<int64_t>::max();
 constexpr uint32_t NO_VALUE = 0xffffffff, MIXED = 0xfffffffe;  // no magnitude; more than one
 
@@ -349,6 +350,22 @@ __device__ inline void open(const Selection& in, int model, const Ledger& ledger
   narrow(ledger, low, high);
 }
 
+// Once the magnitude is known, and how many of all its equals are kept: the section where the last of these lies, by
+// the sections' counts of it, which lie so far apart.
+__device__ inline void locate(const Selection& in, int model, const Room& room, const Ledger& ledger,
+                              uint32_t magnitude, int64_t wanted, int64_t equals, const uint32_t* counts, int apart,
+                              Slate& slate) {
+  if (wanted == equals) return settle(ledger, in.cuts + model, magnitude, ALL_EQUALS);
+  const Reached section =
+      reach(room.sections, wanted, slate, [&](int64_t item) -> int64_t { return counts[item * apart]; });
+  if (threadIdx.x == 0) {
+    ledger.search->found = true;
+    ledger.search->magnitude = magnitude;
+    ledger.search->section = static_cast<int>(section.item);
+    ledger.search->wanted = wanted - section.before;
+  }
+}
+
 // What the counts of a whole read say.
 __device__ inline void conclude(const Selection& in, int model, const Room& room, const Ledger& ledger, Slate& slate) {
   const Search search = *ledger.search;
@@ -366,15 +383,7 @@ __device__ inline void conclude(const Selection& in, int model, const Room& room
     return narrow(ledger, least, static_cast<uint32_t>(lesser(high, least + (1u << shift) - 1)));
   }
   const int64_t wanted = search.rank - above - reached.before;
-  if (wanted == from_the_top(reached.item)) return settle(ledger, in.cuts + model, magnitude, ALL_EQUALS);
-  const Reached section =
-      reach(room.sections, wanted, slate, [&](int64_t item) -> int64_t { return ledger.sections[item * BINS + bin]; });
-  if (threadIdx.x == 0) {
-    ledger.search->found = true;
-    ledger.search->magnitude = magnitude;
-    ledger.search->section = static_cast<int>(section.item);
-    ledger.search->wanted = wanted - section.before;
-  }
+  locate(in, model, room, ledger, magnitude, wanted, from_the_top(reached.item), ledger.sections + bin, BINS, slate);
 }
 
 // --- all inputs, by the whole team ---
@@ -483,20 +492,75 @@ __device__ __forceinline__ void count_tile(const View* views, const View* base_v
   }
 }
 
+// The same of any stretch, [begin, end) of a tensor.
+__device__ __forceinline__ void count_stretch(const Selection& in, int tensor, int64_t begin, int64_t end,
+                                              const Few& few, Seen (&seen)[AT_ONCE], Slate& slate) {
+  const View* views = views_of(in, tensor);
+  const View* base = in.inputs > in.models ? views + in.models : nullptr;
+  switch (layout_of(views, in.inputs, end - begin)) {
+    case Layout::F32: count_tile<Layout::F32>(views, base, begin, end, few, seen, slate); break;
+    case Layout::F16: count_tile<Layout::F16>(views, base, begin, end, few, seen, slate); break;
+    case Layout::BF16: count_tile<Layout::BF16>(views, base, begin, end, few, seen, slate); break;
+    case Layout::ANY: count_tile<Layout::ANY>(views, base, begin, end, few, seen, slate);
+  }
+}
+
 __device__ inline void count_tiles(const Selection& in, const Few& few, int64_t from, int64_t to, Seen (&seen)[AT_ONCE],
                                    Slate& slate) {
   Cursor cursor = seek(in, from);
   for (int64_t tile = from; tile < to; ++tile, advance(in, cursor)) {
-    const View* views = views_of(in, cursor.tensor);
-    const View* base = in.inputs > in.models ? views + in.models : nullptr;
-    const int64_t begin = cursor.begin, end = lesser(in.sizes[cursor.tensor], begin + TILE);
-    switch (layout_of(views, in.inputs, end - begin)) {
-      case Layout::F32: count_tile<Layout::F32>(views, base, begin, end, few, seen, slate); break;
-      case Layout::F16: count_tile<Layout::F16>(views, base, begin, end, few, seen, slate); break;
-      case Layout::BF16: count_tile<Layout::BF16>(views, base, begin, end, few, seen, slate); break;
-      case Layout::ANY: count_tile<Layout::ANY>(views, base, begin, end, few, seen, slate);
+    const int64_t end = lesser(in.sizes[cursor.tensor], cursor.begin + TILE);
+    count_stretch(in, cursor.tensor, cursor.begin, end, few, seen, slate);
+  }
+}
+
+// What `read` counts of some models that are still searched. `section`: where the counts are kept apart, too; or -1.
+template <class Read>
+__device__ __forceinline__ void count_section(const Room& room, char* workspace, const Few& few, int section,
+                                              Slate& slate, const Read& read) {
+  for (int i = threadIdx.x; i < AT_ONCE * BINS; i += SELECT_THREADS) {
+    slate.bins.value[0][i] = NO_VALUE;
+    slate.bins.count[0][i] = 0;
+  }
+  Seen seen[AT_ONCE];
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; ++i) {
+    seen[i] = {0, NO_VALUE, 0};
+    if (threadIdx.x == 0 && i < few.count) {
+      slate.brackets[i] = Ledger(room, workspace, few.model[i]).search->bracket;
     }
   }
+  sync_block();
+  read(seen);
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; ++i) {
+    if (i < few.count) deposit(seen[i], i, slate);
+  }
+  sync_block();
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; ++i) {
+    if (i >= few.count) continue;
+    const Ledger ledger(room, workspace, few.model[i]);
+    const unsigned long long above = warp_sum(static_cast<unsigned long long>(seen[i].above));
+    if (threadIdx.x % WARP == 0 && above > 0) atomicAdd(&ledger.search->above, above);
+    for (int bin = threadIdx.x; bin < BINS; bin += SELECT_THREADS) {
+      const uint32_t here = slate.bins.count[i][bin];
+      if (section >= 0) ledger.sections[section * BINS + bin] = here;
+      if (here == 0) continue;
+      atomicAdd(&ledger.bins[bin].count, static_cast<unsigned long long>(here));
+      note(&ledger.bins[bin].value, slate.bins.value[i][bin]);
+    }
+  }
+  sync_block();
+}
+
+// The next few models that are still searched, from `next` on.
+__device__ __forceinline__ Few few_from(int& next, const Selection& in, const Room& room, char* workspace) {
+  Few few = {};
+  for (; next < in.models && few.count < AT_ONCE; ++next) {
+    if (!Ledger(room, workspace, next).search->found) add(few, next);
+  }
+  return few;
 }
 
 // One read of all inputs for some models that are still searched.
@@ -504,40 +568,9 @@ __device__ inline void census(const Team& team, const Selection& in, const Room&
                               Slate& slate) {
   const int64_t tiles = tiles_of(in);
   for (int section = team.rank; section < room.sections; section += team.size) {
-    for (int i = threadIdx.x; i < AT_ONCE * BINS; i += SELECT_THREADS) {
-      slate.bins.value[0][i] = NO_VALUE;
-      slate.bins.count[0][i] = 0;
-    }
-    Seen seen[AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      seen[i] = {0, NO_VALUE, 0};
-      if (threadIdx.x == 0 && i < few.count) {
-        slate.brackets[i] = Ledger(room, workspace, few.model[i]).search->bracket;
-      }
-    }
-    sync_block();
-    count_tiles(in, few, section * tiles / room.sections, (section + 1) * tiles / room.sections, seen, slate);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      if (i < few.count) deposit(seen[i], i, slate);
-    }
-    sync_block();
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      if (i >= few.count) continue;
-      const Ledger ledger(room, workspace, few.model[i]);
-      const unsigned long long above = warp_sum(static_cast<unsigned long long>(seen[i].above));
-      if (threadIdx.x % WARP == 0 && above > 0) atomicAdd(&ledger.search->above, above);
-      for (int bin = threadIdx.x; bin < BINS; bin += SELECT_THREADS) {
-        const uint32_t here = slate.bins.count[i][bin];
-        ledger.sections[section * BINS + bin] = here;
-        if (here == 0) continue;
-        atomicAdd(&ledger.bins[bin].count, static_cast<unsigned long long>(here));
-        note(&ledger.bins[bin].value, slate.bins.value[i][bin]);
-      }
-    }
-    sync_block();
+    count_section(room, workspace, few, section, slate, [&](Seen(&seen)[AT_ONCE]) {
+      count_tiles(in, few, section * tiles / room.sections, (section + 1) * tiles / room.sections, seen, slate);
+    });
   }
 }
 
@@ -613,10 +646,7 @@ __device__ inline void select(const Team& team, const Selection& in, const Room&
   team.sync();
   while (in.elements > SAMPLES && searching(in, room, workspace)) {
     for (int next = 0; next < in.models;) {
-      Few few = {};
-      for (; next < in.models && few.count < AT_ONCE; ++next) {
-        if (!ledger(next).search->found) add(few, next);
-      }
+      const Few few = few_from(next, in, room, workspace);
       if (few.count > 0) census(team, in, room, workspace, few, slate);
     }
     team.sync();
