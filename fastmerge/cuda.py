@@ -88,7 +88,8 @@ def merge_ranked(
 ) -> tuple[list[tuple[Cut, ...]], list[Found]]:
     """`threshold` of each tensor alone, then `merge` with the cuts it found: one launch for all tensors.
 
-    That is, where all sweeps have the same stages and elect WEIGHTED; else one for the selection, and those of `merge`.
+    That is, where all sweeps have the same stages and elect WEIGHTED, and a few for all large tensors of 16 bits; else
+    one for the selection, and those of `merge`.
     Each sweep keeps ABOVE; the magnitudes in its parts are not looked at.
     """
     rows = _records.rows(tensors, settings=[len(each) for each in sweeps])

@@ -283,6 +283,30 @@ def test_small_and_large_tensors_selected_and_swept_in_one_call(gpu: Mirrored) -
         assert noticed == expected_found
 
 
+@pytest.mark.parametrize("gpu", ON_A_CARD[:1], indirect=True)
+@pytest.mark.parametrize("kind", ["normal", "sorted", "two-values"])
+def test_large_tensors_that_are_guessed(gpu: Mirrored, kind: str) -> None:
+    """More than four tiles for each block of any card: read once where a guess is right, and always right."""
+    count, native, run = 12_000_003, compiled_core(), Run(threads=2)
+    rng = np.random.default_rng(count)
+    base = 0.02 * rng.standard_normal(count, np.float32)
+    deltas = [1e-3 * rng.standard_normal(count, np.float32) for _ in range(3)]
+    if kind == "sorted":
+        deltas = [np.sort(np.abs(delta)) for delta in deltas]
+    elif kind == "two-values":
+        deltas = [np.where(delta < 0, np.float32(0.5), np.float32(1)) for delta in deltas]
+    deltas[1][::99_991] = np.nan
+    tensors = Tensors([(base + delta, "BF16") for delta in deltas], (base, "BF16"))
+    ranks = (count // 5, count // 2, count - 5)
+    (cuts,) = native.threshold([[tensors.inputs]], [ranks], run)
+    sweeps, output = [sweep_of(Keep.ABOVE, Elect.WEIGHTED, cuts)], Memory(2 * count)
+    found_cuts, found = gpu.merge_ranked([tensors.inputs], [sweeps], [ranks], [[Target("BF16", output.address)]], run)
+    assert found_cuts == [cuts]
+    (expected,), expected_found = merge(native, tensors, sweeps, ["BF16"])
+    np.testing.assert_array_equal(bits(output.bytes, "BF16"), bits(expected, "BF16"))
+    assert found == [expected_found]
+
+
 # --- every combination of stages, every method ---
 
 

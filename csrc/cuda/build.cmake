@@ -46,7 +46,7 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
   set(compressed --compress-mode=size)
 endif()
 
-set(cuda_sources bindings.cpp desk.cpp measure.cu merge.cu ranked.cu select.cu)
+set(cuda_sources bindings.cpp desk.cpp guessed.cu measure.cu merge.cu ranked.cu select.cu)
 list(TRANSFORM cuda_sources PREPEND csrc/cuda/)
 pybind11_add_module(_cuda NO_EXTRAS ${cuda_sources})
 set_target_properties(_cuda PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_VISIBILITY_PRESET hidden)

@@ -51,6 +51,11 @@ size_t workspace_bytes(int64_t elements, int models);
 void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int64_t*>& ranks,
                   const std::vector<Cut*>& cuts, cudaStream_t stream);
 
+// The same for tensors that are worth a guess, all of one vote: each is read once where the guess was right.
+void merge_guessed(const std::vector<Merge>& merges, const std::vector<const int64_t*>& ranks,
+                   const std::vector<Cut*>& cuts, cudaStream_t stream);
+bool worth_a_guess(const Tensor& tensor);
+
 // What one call of an op is given at most: for the memory that it takes beside that, in bytes.
 struct Most {
   int64_t tensors, elements;  // of all tensors together
@@ -62,6 +67,7 @@ size_t tables_bytes(const Most& most);     // on the device, and up to twice tha
 size_t measuring_bytes(const Most& most);  // on the device, as the next two
 size_t selecting_bytes(const Most& most);
 size_t ranked_bytes(const Most& most);
+size_t guessed_bytes(const Most& most);
 
 // Gives back what ops keep from call to call on the current device.
 void release_kept();

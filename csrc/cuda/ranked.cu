@@ -1,8 +1,9 @@
 // The op `merge_ranked`: selects each tensor's cuts and sweeps with them, all tensors in one launch.
 //
-// A block sweeps what it counted last, and finds some of it in the cache. Bytes read per element: those of `select`,
-// then those of the sweep. Only for the vote by weighted deltas, which is the paper's: each kernel holds the whole
-// selection, and those of all ten votes took longer to compile than everything else. The other votes are two launches.
+// Large tensors of 16-bit inputs are guessed.cu's, and mostly read once. The others are read twice: bytes read per
+// element are those of `select`, then those of the sweep; a block sweeps what it counted last, and finds some of it in
+// the cache. Only for the vote by weighted deltas, which is the paper's: each kernel holds the whole selection, and
+// those of all ten votes took longer to compile than everything else. The other votes are two launches.
 #include <algorithm>
 
 #include "batch.h"
@@ -12,7 +13,6 @@
 namespace fastmerge {
 namespace {
 
-constexpr int64_t SWEPT = SELECT_THREADS * EIGHT;
 constexpr int64_t SWEPT_TOGETHER = 16;
 static_assert(plain_shared(SELECT_THREADS) <= SELECT_SHARED, "a sweep has the memory of the selection before it");
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, 2) ranked_kernel(const __grid_
   Share& share = *reinterpret_cast<Share*>(shared_memory() + SELECT_SHARED);
   const auto share_of = [&](int number, const Team& team) -> Selection {
     const Item& item = params.items[number];
-    const int64_t tiles = (item.elements + SWEPT - 1) / SWEPT;
+    const int64_t tiles = (item.elements + UNIT - 1) / UNIT;
     share.from = tiles * team.rank / team.size;
     share.to = tiles * (team.rank + 1) / team.size;
     const int64_t first = params.firsts[number];
@@ -100,22 +100,25 @@ void merge_apart(std::vector<Merge> merges, const std::vector<const int64_t*>& r
   merge(merges, stream);
 }
 
-}  // namespace
+// What one call of the op is given, or a part of that.
+struct Given {
+  std::vector<Merge> merges;
+  std::vector<const int64_t*> ranks;
+  std::vector<Cut*> cuts;
 
-void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int64_t*>& ranks,
-                  const std::vector<Cut*>& cuts, cudaStream_t stream) {
+  void add(const Merge& merge, const int64_t* rank, Cut* cut) {
+    merges.push_back(merge);
+    ranks.push_back(rank);
+    cuts.push_back(cut);
+  }
+};
+
+// All of the same stages.
+void merge_at_once(const std::vector<Merge>& merges, const std::vector<const int64_t*>& ranks,
+                   const std::vector<Cut*>& cuts, size_t stages, cudaStream_t stream) {
   if (merges.empty()) return;
-  const size_t stages = stages_of(merges[0].sweeps[0]);
-  if (keep_of(stages) != Keep::ABOVE || elect_of(stages) != Elect::WEIGHTED) {
-    return merge_apart(merges, ranks, cuts, stream);
-  }
   int64_t work = 0;
-  for (const Merge& merge : merges) {
-    if (settings_by_stages(merge).size() != 1 || stages_of(merge.sweeps[0]) != stages) {
-      return merge_apart(merges, ranks, cuts, stream);
-    }
-    work += std::max<int64_t>(tiles_in(merge.tensor.elements), merge.tensor.models);
-  }
+  for (const Merge& merge : merges) work += std::max<int64_t>(tiles_in(merge.tensor.elements), merge.tensor.models);
   const RankedKernel kernel = kernel_of(mass_of(stages));
   const auto blocks = static_cast<int>(std::min<int64_t>(resident_blocks(kernel, SELECT_THREADS, SHARED), work));
 
@@ -132,7 +135,7 @@ void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int6
   std::vector<int64_t> firsts, wanted;
   for (const size_t t : order) {
     const std::vector<int> settings = settings_by_stages(merges[t]).at(stages);
-    gathered.add(merges[t], settings, SWEPT);
+    gathered.add(merges[t], settings, UNIT);
     counts.add(merges[t]);
     counts.tell(gathered.items.back(), settings);
     firsts.push_back(static_cast<int64_t>(wanted.size()));
@@ -162,13 +165,33 @@ void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int6
   }
 }
 
+}  // namespace
+
+void merge_ranked(const std::vector<Merge>& merges, const std::vector<const int64_t*>& ranks,
+                  const std::vector<Cut*>& cuts, cudaStream_t stream) {
+  if (merges.empty()) return;
+  const size_t stages = stages_of(merges[0].sweeps[0]);
+  if (keep_of(stages) != Keep::ABOVE || elect_of(stages) != Elect::WEIGHTED) {
+    return merge_apart(merges, ranks, cuts, stream);
+  }
+  Given large, others;
+  for (size_t t = 0; t < merges.size(); ++t) {
+    if (settings_by_stages(merges[t]).size() != 1 || stages_of(merges[t].sweeps[0]) != stages) {
+      return merge_apart(merges, ranks, cuts, stream);
+    }
+    (worth_a_guess(merges[t].tensor) ? large : others).add(merges[t], ranks[t], cuts[t]);
+  }
+  merge_guessed(large.merges, large.ranks, large.cuts, stream);
+  merge_at_once(others.merges, others.ranks, others.cuts, stages, stream);
+}
+
 size_t ranked_bytes(const Most& most) {
   size_t bytes = 0;
   for (const Mass by : {Mass::DIVISOR, Mass::AGREEING, Mass::CONTRIBUTORS}) {
     if (most.ranks == 0) break;
     bytes = std::max(bytes, queue_bytes(most, resident_blocks(kernel_of(by), SELECT_THREADS, SHARED)));
   }
-  return bytes;
+  return std::max(bytes, guessed_bytes(most));
 }
 
 }  // namespace fastmerge

@@ -105,7 +105,7 @@ inline jmp_buf scheduler;
 inline Thread* current;
 inline Grid* grid;
 inline uint64_t random_state = 0x9E3779B97F4A7C15;
-inline unsigned long long launches = 0, copies = 0;
+inline unsigned long long launches = 0, copies = 0, stored = 0;
 
 inline unsigned draw(unsigned below) {
   random_state ^= random_state << 13;
@@ -398,7 +398,12 @@ T __ldcg(const T* at) {
   return *at;
 }
 template <class T>
+T __ldca(const T* at) {
+  return *at;
+}
+template <class T>
 void __stcs(T* at, T value) {
+  emulator::stored += sizeof value;
   *at = value;
 }
 // Sixteen bytes that arrive no sooner than they are waited for.
@@ -460,6 +465,11 @@ extern "C" [[gnu::used, gnu::visibility("default")]] inline unsigned long long e
 // How many copies into shared memory threads have asked for.
 extern "C" [[gnu::used, gnu::visibility("default")]] inline unsigned long long emulated_copies() {
   return emulator::copies;
+}
+
+// How many bytes whole eights of outputs have taken, written anew or not: likewise.
+extern "C" [[gnu::used, gnu::visibility("default")]] inline unsigned long long emulated_stored() {
+  return emulator::stored;
 }
 
 enum cudaError_t {
