@@ -144,6 +144,10 @@ __global__ void __launch_bounds__(SELECT_THREADS, 2) guess_kernel(const __grid_c
 struct Sweeper {
   Desktop desktop;
   int64_t from, to;
+  struct {  // of a warp
+    int64_t next, end;
+    Plain plain;
+  } run[SELECT_THREADS / WARP];
   Tally tallies[GUESSED_MODELS];
 };
 
@@ -154,6 +158,58 @@ template <Mass by>
 __device__ __forceinline__ void sweep(const Guessing& all, const Desktop& desktop, int64_t from, int64_t to) {
   sweep_tiles<Keep::ABOVE, Elect::WEIGHTED, by, SELECT_THREADS>(all.table, desktop.item, desktop.task.in.cuts, from,
                                                                 to);
+}
+
+// A call that nothing is kept in registers for: where a warp goes on, it finds in shared memory.
+template <Mass by>
+[[gnu::noinline]] __device__ void sweep_apart(const Guessing& all, const Sweeper& sweeper, int64_t from, int64_t to) {
+  sweep<by>(all, sweeper.desktop, from, to);
+}
+
+__device__ __forceinline__ int64_t next_unit(const Sweeper& sweeper) {
+  return sweeper.run[threadIdx.x / WARP].next;
+}
+
+__device__ __forceinline__ void go_on_from(Sweeper& sweeper, int64_t unit) {
+  __syncwarp();
+  if (threadIdx.x % WARP == 0) sweeper.run[threadIdx.x / WARP].next = unit;
+  __syncwarp();
+}
+
+// A section of a tensor, counted and swept: a few units at a time, so that the sweep finds them in the second cache ...
+template <Mass by>
+__device__ __forceinline__ void sweep_counted(const Guessing& all, Sweeper& sweeper) {
+#pragma unroll 1
+  for (int64_t from; (from = next_unit(sweeper)) < sweeper.to;) {
+    const int64_t to = lesser(from + TALLIED_UNITS, sweeper.to);
+#pragma unroll 1
+    for (int64_t unit = from; unit < to; ++unit) tally_unit(sweeper.desktop.task.in, unit, sweeper.tallies);
+    go_on_from(sweeper, to);
+    sweep_apart<by>(all, sweeper, from, to);
+  }
+}
+
+// ... or counted by the plain sweep itself.
+template <Mass by>
+__device__ __forceinline__ void sweep_counting(const Guessing& all, Sweeper& sweeper) {
+  const Item& item = sweeper.desktop.item;
+#pragma unroll 1
+  for (int64_t from; (from = next_unit(sweeper)) < sweeper.to;) {
+    auto& run = sweeper.run[threadIdx.x / WARP];  // in shared memory, as the counts take the registers
+    if (threadIdx.x % WARP == 0) {
+      run.end = run_of<Keep::ABOVE, Elect::WEIGHTED, SELECT_THREADS>(all.table, item, sweeper.desktop.task.in.cuts,
+                                                                     from, sweeper.to, run.plain);
+    }
+    __syncwarp();
+    Sides sides = {};
+    const int64_t unit = plain_tiles<Keep::ABOVE, Elect::WEIGHTED, by, true, SELECT_THREADS, true>(
+        run.plain, item.begin, from, run.end, &sides);
+    add_to(sweeper.tallies, item.models, sides);
+    if (unit == sweeper.to) return;
+    if (unit == run.end) tally_unit(sweeper.desktop.task.in, unit, sweeper.tallies);
+    go_on_from(sweeper, unit + 1);
+    sweep_apart<by>(all, sweeper, unit, unit + 1);
+  }
 }
 
 // Each block its section of each tensor.
@@ -175,12 +231,11 @@ __global__ void __launch_bounds__(SELECT_THREADS, 2) guessed_kernel(const __grid
     }
     for (int model = threadIdx.x; model < task.in.models; model += SELECT_THREADS) sweeper.tallies[model] = {0, 0};
     sync_block();
-#pragma unroll 1
-    for (int64_t from = sweeper.from, to; from < sweeper.to; from = to) {
-      to = lesser(from + TALLIED_UNITS, sweeper.to);
-#pragma unroll 1
-      for (int64_t unit = from; unit < to; ++unit) tally_unit(task.in, unit, sweeper.tallies);
-      sweep<by>(all, desktop, from, to);
+    go_on_from(sweeper, sweeper.from);
+    if (desktop.item.plain) {
+      sweep_counting<by>(all, sweeper);
+    } else {
+      sweep_counted<by>(all, sweeper);
     }
     sync_block();
     const int64_t elements = lesser(sweeper.to * UNIT, task.in.elements) - sweeper.from * UNIT;

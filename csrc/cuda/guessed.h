@@ -133,6 +133,18 @@ __device__ __forceinline__ void add_to(Tally& tally, uint32_t both) {
   atomicAdd(&tally.equal, both >> 16);
 }
 
+__device__ __forceinline__ void add_to(Tally* tallies, int models, const Sides& sides) {
+#pragma unroll
+  for (int m = 0; m < PLAIN_MODELS; ++m) {
+    if (m >= models) continue;
+    const uint32_t above = __reduce_add_sync(EVERY_LANE, static_cast<uint32_t>(sides.above[m]));
+    const uint32_t least = __reduce_add_sync(EVERY_LANE, static_cast<uint32_t>(sides.least[m]));
+    if (threadIdx.x % WARP != 0) continue;
+    atomicAdd(&tallies[m].above, above);
+    atomicAdd(&tallies[m].equal, least - above);
+  }
+}
+
 // What a unit holds of each model, by every thread of the block.
 __device__ __forceinline__ void tally_unit(const Selection& in, int64_t unit, Tally* tallies) {
   const int64_t at = unit * UNIT + threadIdx.x * EIGHT;

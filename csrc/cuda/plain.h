@@ -42,12 +42,19 @@ struct Plain {
   const uint4* base;
   uint4* target;
   const Part* parts;
-  float limits[PLAIN_MODELS];  // ABOVE: what is smaller goes
+  float limits[PLAIN_MODELS];      // ABOVE: what is smaller goes,
+  float magnitudes[PLAIN_MODELS];  // by this cut
   float weights[PLAIN_MODELS];
   float masses[PLAIN_MODELS];
   int count;
   float divisor;
   float lambda;
+};
+
+// What a thread has counted of each model: above its cut's magnitude, and at least that. In float32, of which a card
+// adds more at a time; a NaN is neither.
+struct Sides {
+  float above[PLAIN_MODELS], least[PLAIN_MODELS];
 };
 
 // Stays zero in each half until an Inf or a NaN has been seen in it.
@@ -75,10 +82,13 @@ __device__ __forceinline__ bool has_seen(uint32_t seen) {
 }
 
 // The whole tiles `tile` ... `until` - 1, each of `THREADS` times eight elements, or those up to the first that is odd:
-// returns where it stopped. Every thread of a warp comes along.
-template <Keep keep, Elect elect, Mass by, bool has_base, int THREADS>
-__device__ __forceinline__ int64_t plain_tiles(const Plain& in, int64_t begin, int64_t tile, int64_t until) {
+// returns where it stopped. Every thread of a warp comes along. `sides`, where given, counts all of these tiles, and
+// the one that is odd.
+template <Keep keep, Elect elect, Mass by, bool has_base, int THREADS, bool counts = false>
+__device__ __forceinline__ int64_t plain_tiles(const Plain& in, int64_t begin, int64_t tile, int64_t until,
+                                               Sides* sides = nullptr) {
   const float inverse = reciprocal(in.divisor);
+  const float masses[PLAIN_MODELS] = {in.masses[0], in.masses[1], in.masses[2]};
   constexpr int INPUTS = PLAIN_MODELS + 1, SLOTS = INPUTS * THREADS;
   int64_t eight = tile * THREADS + threadIdx.x;
   uint4* slot = reinterpret_cast<uint4*>(shared_memory()) + threadIdx.x;  // a thread sees no other's
@@ -120,6 +130,10 @@ __device__ __forceinline__ int64_t plain_tiles(const Plain& in, int64_t begin, i
       take(m, terms[m]);
       for (int i = 0; i < EIGHT; ++i) {
         float delta = has_base ? terms[m][i] - base[i] : terms[m][i];
+        if constexpr (counts) {
+          if (fabsf(delta) > in.magnitudes[m]) sides->above[m] += 1.0f;
+          if (fabsf(delta) >= in.magnitudes[m]) sides->least[m] += 1.0f;
+        }
         if (keep == Keep::ABOVE) delta = fabsf(delta) < in.limits[m] ? 0.0f : delta;
         if (keep == Keep::BERNOULLI) delta = kept >> (kept_bit(i) - KEPT_BITS * m) & 1 ? delta : 0.0f;
         terms[m][i] = delta * in.weights[m];
@@ -141,8 +155,8 @@ __device__ __forceinline__ int64_t plain_tiles(const Plain& in, int64_t begin, i
       for (int m = 0; m < PLAIN_MODELS; ++m) {
         const float term = elect == Elect::NONE ? terms[m][i] : terms[m][i] * sign[i];
         if (elect != Elect::NONE && term > 0.0f) sum[i] = sum[i] + term;
-        if (by == Mass::AGREEING && term > 0.0f) mass[i] = mass[i] + in.masses[m];
-        if (by == Mass::CONTRIBUTORS && term != 0.0f) mass[i] = mass[i] + in.masses[m];
+        if (by == Mass::AGREEING && term > 0.0f) mass[i] = mass[i] + masses[m];
+        if (by == Mass::CONTRIBUTORS && term != 0.0f) mass[i] = mass[i] + masses[m];
       }
     }
     uint32_t least = INFINITE;  // of the magnitudes that are divided, as bits; the elected sums' zeros are larger

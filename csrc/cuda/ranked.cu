@@ -1,9 +1,9 @@
 // The op `merge_ranked`: selects each tensor's cuts and sweeps with them, all tensors in one launch.
 //
 // Large tensors of 16-bit inputs are guessed.cu's, and mostly read once. The others are read twice: bytes read per
-// element are those of `select`, then those of the sweep; a block sweeps what it counted last, and finds some of it in
-// the cache. Only for the vote by weighted deltas, which is the paper's: each kernel holds the whole selection, and
-// those of all ten votes took longer to compile than everything else. The other votes are two launches.
+// element are those of `select`, then those of the sweep, which may find some of it in the cache. Only for the vote by
+// weighted deltas, which is the paper's: each kernel holds the whole selection, and those of all ten votes took longer
+// to compile than everything else. The other votes are two launches.
 #include <algorithm>
 
 #include "batch.h"
@@ -13,7 +13,6 @@
 namespace fastmerge {
 namespace {
 
-constexpr int64_t SWEPT_TOGETHER = 16;
 static_assert(plain_shared(SELECT_THREADS) <= SELECT_SHARED, "a sweep has the memory of the selection before it");
 
 struct RankedParams {
@@ -36,14 +35,11 @@ struct Share {
   select(task);
 }
 
-// The last tiles first, as they were counted last; several at a time, as that is the shorter way.
 template <Mass by>
 [[gnu::noinline]] __device__ void sweep_share(const RankedParams& params, const Share& share) {
   const Item& item = params.items[share.task.number];
-  for (int64_t to = share.to, from; to > share.from; to = from) {
-    from = to - share.from > SWEPT_TOGETHER ? to - SWEPT_TOGETHER : share.from;
-    sweep_tiles<Keep::ABOVE, Elect::WEIGHTED, by, SELECT_THREADS>(params.table, item, share.task.in.cuts, from, to);
-  }
+  sweep_tiles<Keep::ABOVE, Elect::WEIGHTED, by, SELECT_THREADS>(params.table, item, share.task.in.cuts, share.from,
+                                                                share.to);
 }
 
 template <Mass by>

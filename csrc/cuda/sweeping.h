@@ -238,7 +238,7 @@ __device__ __forceinline__ int64_t run_of(const char* table, const Item& item, c
 #pragma unroll
   for (int m = 0; m < PLAIN_MODELS; ++m) {
     in.weights[m] = -0.0f;
-    in.masses[m] = in.limits[m] = 0.0f;
+    in.masses[m] = in.limits[m] = in.magnitudes[m] = 0.0f;
     if (m >= item.models) continue;
     const Part& part = in.parts[m];
     in.models[m] = reinterpret_cast<const uint4*>(views[m].address);
@@ -249,7 +249,8 @@ __device__ __forceinline__ int64_t run_of(const char* table, const Item& item, c
     const int64_t whole = ties < 0 ? 0 : ties / TILE;  // tiles that lie below the end of ties
     const bool below = tile < whole;
     if (below || (tile == whole && ties > tile * TILE)) until = lesser(until, whole);
-    const uint32_t limit = to_bits(cuts ? cuts[m].magnitude : part.magnitude) + !below;
+    in.magnitudes[m] = cuts ? cuts[m].magnitude : part.magnitude;
+    const uint32_t limit = to_bits(in.magnitudes[m]) + !below;
     in.limits[m] = from_bits(limit < INFINITE ? limit : INFINITE);  // an Inf is odd anyway
   }
   return until < tile ? tile : until;
