@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -72,20 +73,26 @@ def built(name: str, sources: Sequence[Path], includes: Sequence[Path], defines:
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.exists():
         return library
-    own = folder / str(os.getpid())  # another worker may be at it too
-    own.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # another worker may be at it too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(sources, command, library)
+    return library
+
+
+def _build(sources: Sequence[Path], command: Sequence[str], library: Path) -> None:
 
     def compile_one(source: Path) -> Path:
-        target = own / f"{source.name}.o"
+        target = library.with_name(f"{source.name}.o")
         _run([*command, "-x", "c++", "-c", str(source), "-o", str(target)])
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    unfinished = own / library.name
-    _run([compiler, "-shared", *FURTHER, *map(str, objects), "-o", str(unfinished)])
+    unfinished = library.with_suffix(".part")
+    _run([command[0], "-shared", *FURTHER, *map(str, objects), "-o", str(unfinished)])
     unfinished.rename(library)
-    return library
 
 
 def _digest(sources: Sequence[Path], command: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 KEPT = HERE / "sm_90.json"
 _CUDA = HERE.parent.parent / "csrc" / "cuda"
+_BUILD = HERE.parent.parent / "build"
 _FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-cubin")
 _MODELS, _EIGHT = 3, 8
 _FLOAT, _MEMORY, _CONTROL = (
@@ -57,7 +58,7 @@ CASES = {
 
 def why_not() -> str:
     """Why nothing can be counted here; empty where it can."""
-    missing = [tool for tool, path in (("nvcc", shutil.which("nvcc")), ("nvdisasm", _disassembler())) if not path]
+    missing = [tool for tool, path in (("nvcc", shutil.which("nvcc")), ("nvdisasm", _tool("nvdisasm"))) if not path]
     return f"{' and '.join(missing)} missing" if missing else ""
 
 
@@ -68,11 +69,11 @@ def compiler() -> str:
     return f"nvcc {release}"
 
 
-def _disassembler() -> str | None:
+def _tool(name: str) -> str | None:
     """The toolkit's, or Triton's."""
     spec = importlib.util.find_spec("triton")
     folder = Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec and spec.origin else Path()
-    return shutil.which("nvdisasm") or shutil.which(folder / "nvdisasm")
+    return shutil.which(name) or shutil.which(folder / name)
 
 
 def count() -> dict[str, dict[str, float]]:
@@ -83,10 +84,24 @@ def count() -> dict[str, dict[str, float]]:
 
 def _machine_code(file: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "cubin"
-        subprocess.run(["nvcc", *_FLAGS, "-o", str(cubin), str(_CUDA / f"{file}.cu")], check=True)
-        said = subprocess.run([str(_disassembler()), "-c", str(cubin)], capture_output=True, text=True, check=True)
+        cubin = _from_the_build(file, Path(folder)) or Path(folder) / "cubin"
+        if not cubin.exists():
+            subprocess.run(["nvcc", *_FLAGS, "-o", str(cubin), str(_CUDA / f"{file}.cu")], check=True)
+        said = subprocess.run([str(_tool("nvdisasm")), "-c", str(cubin)], capture_output=True, text=True, check=True)
     return said.stdout
+
+
+def _from_the_build(file: str, folder: Path) -> Path | None:
+    """The machine code of the last build in this tree, where there is one of these sources."""
+    changed = max(source.stat().st_mtime for source in _CUDA.parent.rglob("*.*"))
+    built = [
+        each for each in _BUILD.glob(f"*/CMakeFiles/_cuda.dir/csrc/cuda/{file}.cu.o") if each.stat().st_mtime > changed
+    ]
+    tool = _tool("cuobjdump")
+    if not built or not tool:
+        return None
+    subprocess.run([tool, "-xelf", "all", str(built[0].resolve())], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    return next(folder.glob("*.sm_90.cubin"), None)
 
 
 def _counted(code: str, loop: Loop) -> dict[str, float]:
