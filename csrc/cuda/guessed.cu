@@ -212,9 +212,17 @@ __device__ __forceinline__ void sweep_counting(const Guessing& all, Sweeper& swe
   }
 }
 
+// Blocks of a processor. The grid is that of the guess, whose shared memory leaves room for one where there are 100 KB:
+// there the counts need not be squeezed into fewer registers.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr int SWEEPERS = 1;
+#else
+constexpr int SWEEPERS = 2;
+#endif
+
 // Each block its section of each tensor.
 template <Mass by>
-__global__ void __launch_bounds__(SELECT_THREADS, 2) guessed_kernel(const __grid_constant__ Guessing all) {
+__global__ void __launch_bounds__(SELECT_THREADS, SWEEPERS) guessed_kernel(const __grid_constant__ Guessing all) {
   Sweeper& sweeper = *reinterpret_cast<Sweeper*>(shared_memory() + PLAIN_SHARED);
   Desktop& desktop = sweeper.desktop;
   const Task& task = desktop.task;
