@@ -44,7 +44,7 @@ using Bytes = std::vector<char>;
 using Answer = std::vector<Bytes>;
 
 void take(void* to, size_t bytes) {
-  if (fread(to, 1, bytes, stdin) != bytes) exit(0);  // nobody asks any more
+  if (bytes && fread(to, 1, bytes, stdin) != bytes) exit(0);  // nobody asks any more
 }
 
 template <class T>
