@@ -6,9 +6,8 @@ TORCH := torch==2.13.0
 LINTERS := clang-format==23.1.5 mypy==2.4.1 ruff==0.17.6 types-PyYAML
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Not isolated, so that what is compiled once stays compiled: the CUDA kernels take minutes where nvcc is there.
-TOOLS := cmake ninja pybind11 scikit-build-core
-BUILD := --no-build-isolation --config-settings=cmake.define.FASTMERGE_WERROR=ON \
-	--config-settings=cmake.define.FASTMERGE_CORE=ON
+TOOLS := build cmake ninja pybind11 scikit-build-core
+DEFINES := -Ccmake.define.FASTMERGE_WERROR=ON -Ccmake.define.FASTMERGE_CORE=ON
 # Without a network: OFFLINE=1 makes do with what $(PYTHON) has, be that a virtual environment itself.
 ifdef OFFLINE
 PIP += --no-index --no-deps
@@ -18,8 +17,9 @@ SEEN := import site, sys; print(*site.getsitepackages(), sep="\n", file=open(sys
 endif
 # make CUDA_ARCHITECTURES=90 builds the kernels for one card, in a fraction of the time.
 ifdef CUDA_ARCHITECTURES
-BUILD += --config-settings=cmake.define.FASTMERGE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)"
+DEFINES += -Ccmake.define.FASTMERGE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)"
 endif
+BUILD = --no-build-isolation $(DEFINES)
 CORE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc bench tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 PYTHONS := fastmerge kernels tests bench docs
@@ -47,11 +47,11 @@ format: .venv/linters
 docs: .venv/docs
 	$(BIN)/sphinx-build -E -W --keep-going --quiet -c docs . build/docs
 
-# What is shipped, in dist: the sdist, and the wheel for this Python made of it.
-wheel: .venv/python
+# What is shipped, in dist: the sdist, and the wheel for this Python. Not of the sdist, which has the same files, so that
+# what is compiled once stays compiled.
+wheel: .venv/built
 	rm -rf dist
-	$(PIP) build
-	$(BIN)/python -m build --no-isolation -Ccmake.define.FASTMERGE_CORE=ON -Ccmake.define.FASTMERGE_CUDA=OFF
+	$(BIN)/python -m build --sdist --wheel --no-isolation $(DEFINES)
 
 # That wheel where there is nothing else: no checkout, no compiler, no torch.
 ALONE = env PATH=$(CURDIR)/build/alone/bin CC=/bin/false CXX=/bin/false

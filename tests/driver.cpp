@@ -65,7 +65,7 @@ Bytes bytes_of(const std::vector<T>& values) {
 void send(const Bytes& array) {
   const auto bytes = static_cast<int64_t>(array.size());
   fwrite(&bytes, sizeof bytes, 1, stdout);
-  fwrite(array.data(), 1, array.size(), stdout);
+  if (bytes) fwrite(array.data(), 1, array.size(), stdout);
 }
 
 void require(bool sound, const char* what) {

@@ -22,12 +22,14 @@ OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
+#: Half of what they take to compile is undefined behaviour, which is looked for in the same templates of isa_scalar.
+WIDE = ("-fno-sanitize=undefined",)
 ISAS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
-        "isa_avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mbmi2", "-mfma", "-mf16c"),
-        "isa_avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "isa_avx512": (*WIDE, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mbmi2", "-mfma", "-mf16c"),
+        "isa_avx2": (*WIDE, "-mavx2", "-mfma", "-mf16c"),
     },
-    "aarch64": {"isa_neon": ()},
+    "aarch64": {"isa_neon": WIDE},
 }
 REST = ("hands", "lowrank", "measure", "merge", "parallel", "ranked", "select")
 #: What each is there for, in a program.

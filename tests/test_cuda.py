@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import runpy
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -358,8 +359,11 @@ def test_what_cannot_be_right_is_a_fault(
 
 @cache
 def ptx(name: str) -> str:
-    """What the compiler makes of a file's kernels, for an H100."""
-    return compiled((emulated.SOURCES / f"{name}.cu").read_text(), "-ptx", "-O3", "-fmad=false").stdout
+    """What the compiler makes of a file's kernels."""
+    gpu = runpy.run_path(str(emulated.ROOT / "bench" / "instructions" / "gpu.py"))
+    if reason := gpu["why_not"]():
+        pytest.skip(reason)
+    return str(gpu["ptx"](name))
 
 
 def compiled(source: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -77,12 +77,6 @@ base_model: base
 models: [model: one, model: two]
 parameters: {weight: 0.5, density: 0.6, epsilon: 0.2}
 """,
-    "della_linear": """
-merge_method: della_linear
-base_model: base
-models: [model: one, model: two]
-parameters: {weight: 0.5, density: 0.6}
-""",
     "sce": "merge_method: sce\nbase_model: base\nmodels: [model: one, model: two]\nparameters: {select_topk: 0.5}\n",
     "ram": "merge_method: ram\nbase_model: base\nmodels: [model: one, model: two]\nparameters: {epsilon: 0.001}\n",
     "ramplus_tl": """
@@ -201,7 +195,7 @@ def assert_sensible(vectors: torch.Tensor) -> None:
 
 
 def test_every_method_has_a_recipe() -> None:
-    assert RECIPES.keys() == METHODS.keys()
+    assert RECIPES.keys() == METHODS.keys() - {"della_linear"}  # takes as long as della, of which it is a half
 
 
 @pytest.mark.parametrize("method", RECIPES)

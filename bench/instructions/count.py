@@ -21,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 KEPT = HERE / "avx2.json"
 _ROOT = HERE.parent.parent
+_BUILD = _ROOT / "build"
 _DRIVER, _KERNELS = HERE / "driver.cpp", _ROOT / "csrc" / "cpu" / "isa_avx2.cpp"
 _BUILT = HERE.parent / "results"
 _COMPILER = os.environ.get("CXX", "c++")
@@ -65,7 +66,7 @@ def _total(dump: Path) -> int:
 
 
 def _built() -> Path:
-    """The driver, made where there is none of these sources, flags and compiler."""
+    """The driver, made where there is none of these sources, flags and compiler, of the kernels of the last build."""
     csrc = _ROOT / "csrc"
     sources = [_DRIVER, _KERNELS, *sorted(csrc.glob("*.h")), *sorted((csrc / "cpu").glob("*.[hi]*"))]
     flags = (*_FLAGS, *_flags_of_cmake())
@@ -74,9 +75,22 @@ def _built() -> Path:
     if not driver.exists():
         _BUILT.mkdir(exist_ok=True)
         unfinished = driver.with_suffix(f".{os.getpid()}")
-        subprocess.run([_COMPILER, *flags, str(_DRIVER), str(_KERNELS), "-o", str(unfinished)], check=True)
+        kernels = _from_the_build(sources) or _KERNELS
+        subprocess.run([_COMPILER, *flags, str(_DRIVER), str(kernels), "-o", str(unfinished)], check=True)
         unfinished.rename(driver)
     return driver
+
+
+def _from_the_build(sources: list[Path]) -> Path | None:
+    """The kernels as they were compiled last in this tree, if by this compiler and of these sources."""
+    changed = max(source.stat().st_mtime for source in [*sources, _ROOT / "CMakeLists.txt"])
+    for built in _BUILD.glob(f"*/CMakeFiles/_core.dir/csrc/cpu/{_KERNELS.name}.o"):
+        (compiler,) = re.findall(
+            r"^CMAKE_CXX_COMPILER:\w+=(.*)$", (built.parents[4] / "CMakeCache.txt").read_text(), re.M
+        )
+        if built.stat().st_mtime > changed and os.path.samefile(compiler, str(shutil.which(_COMPILER))):
+            return built
+    return None
 
 
 def _flags_of_cmake() -> list[str]:

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ HERE = Path(__file__).parent
 KEPT = HERE / "sm_90.json"
 _CUDA = HERE.parent.parent / "csrc" / "cuda"
 _BUILD = HERE.parent.parent / "build"
-_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-cubin")
+_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-arch=sm_90")
 _MODELS, _EIGHT = 3, 8
 _FLOAT, _MEMORY, _CONTROL = (
     ("FADD", "FMUL", "FFMA", "HFMA2", "IMAD"),
@@ -78,30 +80,42 @@ def _tool(name: str) -> str | None:
 
 def count() -> dict[str, dict[str, float]]:
     """Of each case the instructions per element: all of them, and those of each pipe."""
-    code = {file: _machine_code(file) for file in {loop.file for loop in CASES.values()}}
+    code = {file: machine_code(file) for file in {loop.file for loop in CASES.values()}}
     return {case: _counted(code[loop.file], loop) for case, loop in CASES.items()}
 
 
-def _machine_code(file: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = _from_the_build(file, Path(folder)) or Path(folder) / "cubin"
-        if not cubin.exists():
-            subprocess.run(["nvcc", *_FLAGS, "-o", str(cubin), str(_CUDA / f"{file}.cu")], check=True)
+def machine_code(file: str) -> str:
+    """Of a file of kernels, for an H100."""
+    with _compiled(file, "-xelf", "*.sm_90.cubin", "-cubin") as cubin:
         said = subprocess.run([str(_tool("nvdisasm")), "-c", str(cubin)], capture_output=True, text=True, check=True)
     return said.stdout
 
 
-def _from_the_build(file: str, folder: Path) -> Path | None:
-    """The machine code of the last build in this tree, where there is one of these sources."""
+def ptx(file: str) -> str:
+    """What machine code is made of, for an H100 or the newest card that is built for."""
+    with _compiled(file, "-xptx", "*.ptx", "-ptx") as text:
+        return text.read_text()
+
+
+@contextmanager
+def _compiled(file: str, extract: str, name: str, compile_to: str) -> Iterator[Path]:
+    """A file of kernels as the last build in this tree has it, where there is one of these sources; or compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        _extract_from_the_build(file, extract, Path(folder))
+        found = next(Path(folder).glob(name), Path(folder) / "compiled")
+        if not found.exists():
+            subprocess.run(["nvcc", *_FLAGS, compile_to, "-o", str(found), str(_CUDA / f"{file}.cu")], check=True)
+        yield found
+
+
+def _extract_from_the_build(file: str, what: str, folder: Path) -> None:
     changed = max(source.stat().st_mtime for source in _CUDA.parent.rglob("*.*"))
     built = [
         each for each in _BUILD.glob(f"*/CMakeFiles/_cuda.dir/csrc/cuda/{file}.cu.o") if each.stat().st_mtime > changed
     ]
     tool = _tool("cuobjdump")
-    if not built or not tool:
-        return None
-    subprocess.run([tool, "-xelf", "all", str(built[0].resolve())], cwd=folder, stdout=subprocess.DEVNULL, check=True)
-    return next(folder.glob("*.sm_90.cubin"), None)
+    if built and tool:
+        subprocess.run([tool, what, "all", str(built[0].resolve())], cwd=folder, stdout=subprocess.DEVNULL, check=True)
 
 
 def _counted(code: str, loop: Loop) -> dict[str, float]:

@@ -87,10 +87,10 @@ F clipped(F delta, const Part& part) {
   return L::clip(delta, L::set(-part.magnitude), L::set(part.magnitude));
 }
 
-// Points at the chunk where it lies; or at widened copies where dtypes differ or a line would end past the tensor.
-// Returns whether it lies in place.
-bool point(const Tensor& tensor, int64_t begin, int count, Scratch& scratch) {
-  bool in_place = count % LINE == 0;
+// Points at the chunk where it lies, if it may; or at widened copies, as where dtypes differ or a line would end past
+// the tensor. Returns whether it lies in place.
+bool point(const Tensor& tensor, int64_t begin, int count, bool may_lie, Scratch& scratch) {
+  bool in_place = may_lie && count % LINE == 0;
   for (int input = 1; input < tensor.inputs; ++input) in_place &= tensor.views[input].dtype == tensor.views[0].dtype;
   for (int input = 0; input < tensor.inputs; ++input) {
     float* copy = scratch.wide + input * CHUNK;

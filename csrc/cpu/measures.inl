@@ -140,7 +140,7 @@ void gram(const Tensor& tensor, int64_t begin, int count, Scratch& scratch, doub
     deltas(tensor, begin, count, false, scratch);
     return gram_of_many(tensor.models, count, scratch, sums);
   }
-  const bool in_place = point(tensor, begin, count, scratch), has_base = base_of(tensor) != nullptr;
+  const bool in_place = point(tensor, begin, count, true, scratch), has_base = base_of(tensor) != nullptr;
   const int whole = padded(count);
   switch (in_place ? dtype_of(tensor.views[0]) : DType::F32) {
     case DType::F32: return gram_run<DType::F32>(scratch.inputs, tensor.models, has_base, whole, sums);

@@ -194,6 +194,12 @@ bool leaves_alone(const Tensor& tensor, const Sweep& sweep, const Part& part) {
          (sweep.divisor == 1.0f || sweep.divisor == 0.0f);
 }
 
+// Elections of deltas of which none is trimmed or dropped: no method asks for them, so they are compiled for what is
+// widened alone.
+constexpr bool is_rare(Keep keep, Elect elect) {
+  return elect != Elect::NONE && (keep == Keep::ALL || keep == Keep::CLIP);
+}
+
 using Run = uint32_t (*)(const Call&, int, int);
 constexpr int KEEPS = 5;
 constexpr int VOTES = 4 * 3;  // no election, or one of three kinds; with one of three masses
@@ -201,11 +207,16 @@ constexpr int VOTES = 4 * 3;  // no election, or one of three kinds; with one of
 // index = (((dtype x 2 + has_base) x 2 + same_dtype) x KEEPS + keep) x VOTES + vote
 template <size_t index>
 constexpr Run run_at() {
-  constexpr size_t vote = index % VOTES, keep = index / VOTES % KEEPS, inputs = index / VOTES / KEEPS;
+  constexpr size_t vote = index % VOTES, inputs = index / VOTES / KEEPS;
+  constexpr auto keep = static_cast<Keep>(index / VOTES % KEEPS);
   constexpr auto elect = static_cast<Elect>(vote / 3);
   constexpr auto by = mass_of(elect, static_cast<Mass>(vote % 3));
-  return sweep_run<static_cast<DType>(inputs / 4), inputs / 2 % 2 == 1, inputs % 2 == 1, static_cast<Keep>(keep), elect,
-                   by>;
+  constexpr bool has_base = inputs / 2 % 2 == 1;
+  if constexpr (is_rare(keep, elect)) {
+    return sweep_run<DType::F32, has_base, false, keep, elect, by>;
+  } else {
+    return sweep_run<static_cast<DType>(inputs / 4), has_base, inputs % 2 == 1, keep, elect, by>;
+  }
 }
 
 template <size_t... index>
@@ -259,7 +270,8 @@ uint32_t one_by_one(const Tensor& tensor, const Sweep& sweep, const Part* parts,
 
 uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int64_t begin, int count, DType out_dtype,
                const Output* outputs, int settings, bool again, uint16_t* counts, Scratch& scratch) {
-  const bool in_place = point(tensor, begin, count, scratch);
+  const auto keep = static_cast<Keep>(sweep.keep);
+  const bool in_place = point(tensor, begin, count, !is_rare(keep, static_cast<Elect>(sweep.elect)), scratch);
   const DType dtype = in_place ? dtype_of(tensor.views[0]) : DType::F32;
   const bool direct = in_place && dtype == out_dtype;
   if (!direct && settings > 1)
@@ -278,7 +290,6 @@ uint32_t merge(const Tensor& tensor, const Sweep& sweep, const Part* parts, int6
     worst = copy_run(dtype, call, count);
     if (worst < INFINITE) return worst;
   }
-  const auto keep = static_cast<Keep>(sweep.keep);
   if (keep == Keep::ABOVE || keep == Keep::BAND) {
     each_threshold(dtype, parts, tensor.models, keep == Keep::BAND, tensor.begin + begin, count, scratch,
                    [&](int from, int to) {

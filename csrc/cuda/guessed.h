@@ -59,20 +59,34 @@ __device__ inline int64_t early_share(const Selection& in, int64_t elements) {
   return static_cast<int64_t>(floor(share * static_cast<double>(elements) + 0.5));
 }
 
-// A guess by the place of the rank among the early elements in the bins, from the top; none where it lies outside, or
-// in a bin of several magnitudes. It ends with a unit, so that either all or none of a unit's equals are kept.
-__device__ inline void guess_at(const Selection& in, int model, const Ledger& ledger, Guess& guess, int64_t place,
+// Where a rank lies among the early elements, from the top, and how far that is off, as a sample's places are.
+struct Place {
+  int64_t at;
+  double variance;
+};
+
+__device__ inline Place place_of_rank(const Selection& in, int64_t rank) {
+  const double share = static_cast<double>(rank) / static_cast<double>(in.elements);
+  const int64_t at = early_share(in, rank);
+  return {at > 0 ? at : 1, share * (1.0 - share) * static_cast<double>(early_units(in.elements) * UNIT)};
+}
+
+// A guess by the rank's place in the bins; none where it lies outside, in a bin of several magnitudes, or in one that
+// it may easily miss, as a guess that fails costs more than a selection. It ends with a unit, so that either all or
+// none of a unit's equals are kept.
+__device__ inline void guess_at(const Selection& in, int model, const Ledger& ledger, Guess& guess, const Place& place,
                                 Slate& slate) {
   const auto from_the_top = [&](int64_t item) { return static_cast<int64_t>(ledger.bins[BINS - 1 - item].count); };
-  const Reached reached = reach(BINS, place, slate, from_the_top);
+  const Reached reached = reach(BINS, place.at, slate, from_the_top);
   if (threadIdx.x != 0) return;
   ledger.search->above = 0;
   guess = {-1, 0, 0, 0};
   if (reached.item == BINS) return;
   const Bin bin = ledger.bins[BINS - 1 - reached.item];
-  if (bin.value == MIXED) return;
   const auto equal = static_cast<int64_t>(bin.count);
-  const double kept = static_cast<double>(place - reached.before) / static_cast<double>(equal);
+  const auto width = static_cast<double>(equal);
+  if (bin.value == MIXED || width * width < 4.0 * place.variance) return;  // two standard deviations
+  const double kept = static_cast<double>(place.at - reached.before) / width;
   const auto units = static_cast<int64_t>(kept * static_cast<double>(in.elements) / UNIT + 0.5);
   ledger.search->magnitude = bin.value;
   guess = {units * UNIT, reached.before, equal, 0};
@@ -82,8 +96,9 @@ __device__ inline void guess_at(const Selection& in, int model, const Ledger& le
 __device__ inline void guess_first(const Selection& in, int model, const Ledger& ledger, Guess& guess, Slate& slate) {
   const Search& search = *ledger.search;
   if (!search.found) {
-    const int64_t place = early_share(in, search.rank);
-    guess_at(in, model, ledger, guess, (place > 0 ? place : 1) - static_cast<int64_t>(search.above), slate);
+    Place place = place_of_rank(in, search.rank);
+    place.at -= static_cast<int64_t>(search.above);
+    guess_at(in, model, ledger, guess, place, slate);
   } else if (threadIdx.x == 0) {
     guess = {in.cuts[model].ties_end, 0, 0, 0};
   }
@@ -195,13 +210,9 @@ __device__ inline void prove(const Selection& in, int model, const Room& room, c
   const auto equals = static_cast<int64_t>(before.equals);
   if (0 < wanted && wanted <= equals)
     return locate(in, model, room, ledger, search.magnitude, wanted, equals, ledger.sections, 1, slate);
-  int64_t place = before.before;
-  if (wanted <= 0) {
-    place += early_share(in, wanted);
-  } else {
-    const int64_t further = early_share(in, wanted - equals);
-    place += before.equal + (further > 0 ? further : 1);
-  }
+  const int64_t missed = early_share(in, wanted <= 0 ? wanted : wanted - equals);
+  Place place = {before.before + missed, fabs(static_cast<double>(missed))};
+  if (wanted > 0) place.at += before.equal + (missed > 0 ? 0 : 1);
   guess_at(in, model, ledger, guess, place, slate);
 }
 
