@@ -155,6 +155,18 @@ def test_one_other_dtype_is_the_long_way(provider: ModuleType, dtypes: str) -> N
     assert copies() == before
 
 
+def test_the_hardest_quotients_are_those_of_ieee() -> None:
+    """But for two, and those only where a reciprocal is off. The compiler's own division takes the same steps: were a
+    card's reciprocal off there, so were that."""
+    source = emulated.EMULATOR / "quotients.cu"
+    library = ctypes.CDLL(str(emulated.built("quotients", [source], [emulated.SOURCES, emulated.EMULATOR])))
+    library.try_quotients.restype = ctypes.c_int64
+    for first, step in ((2**24 - 2**17 + 1, 2), (2**23 + 1, 2 * 61)):
+        wrong, count = ((ctypes.c_uint32 * 2) * 8)(), ctypes.c_int()
+        assert library.try_quotients(first, step, wrong, 8, ctypes.byref(count)) > 200_000
+        assert {tuple(pair) for pair in wrong[: count.value]} <= {(2**23, 2**24 - 1), (13981011, 2**24 - 3)}
+
+
 def test_quotients_are_those_of_ieee(provider: ModuleType) -> None:
     """However the card's reciprocal is off: as sums over three equal models of weight 1, whose mean divides by 3."""
     every = np.arange(2**16, dtype=np.uint32) << 16
