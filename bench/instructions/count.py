@@ -85,9 +85,8 @@ def _from_the_build(sources: list[Path]) -> Path | None:
     """The kernels as they were compiled last in this tree, if by this compiler and of these sources."""
     changed = max(source.stat().st_mtime for source in [*sources, _ROOT / "CMakeLists.txt"])
     for built in _BUILD.glob(f"*/CMakeFiles/_core.dir/csrc/cpu/{_KERNELS.name}.o"):
-        (compiler,) = re.findall(
-            r"^CMAKE_CXX_COMPILER:\w+=(.*)$", (built.parents[4] / "CMakeCache.txt").read_text(), re.M
-        )
+        cache = (built.parents[4] / "CMakeCache.txt").read_text()
+        (compiler,) = re.findall(r"^CMAKE_CXX_COMPILER:\w+=(.*)$", cache, re.MULTILINE)
         if built.stat().st_mtime > changed and os.path.samefile(compiler, str(shutil.which(_COMPILER))):
             return built
     return None

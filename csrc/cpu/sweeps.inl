@@ -194,8 +194,8 @@ bool leaves_alone(const Tensor& tensor, const Sweep& sweep, const Part& part) {
          (sweep.divisor == 1.0f || sweep.divisor == 0.0f);
 }
 
-// Elections of deltas of which none is trimmed or dropped: no method asks for them, so they are compiled for what is
-// widened alone.
+// Elections of deltas of which none is trimmed or dropped: no method asks the ops for them, so they are compiled for
+// what is widened alone.
 constexpr bool is_rare(Keep keep, Elect elect) {
   return elect != Elect::NONE && (keep == Keep::ALL || keep == Keep::CLIP);
 }
